@@ -1,0 +1,243 @@
+"""The one training loop of the course.
+
+Everything random in a step is a function of (seed, step): which rows it sees, and the noise, dropout and
+augmentation it draws. So a checkpoint needs no hidden state: a run that is killed at any moment and started again
+ends bit for bit where the uninterrupted run ends. Devices, mixed precision and several processes come from
+Hugging Face `accelerate`; nothing in this file knows what is being trained.
+"""
+
+import hashlib
+import io
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from course_utils import runtime
+
+Batch = Tensor | dict[str, Tensor] | tuple[Tensor, ...] | list[Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+LOG_EVERY = 10
+
+
+@dataclass
+class Run:
+    """A training run: what is learnt and how far it is.
+
+    `ema` holds the moving average of every learnt parameter under its name, `history` one row a step with its
+    loss, the gradient's norm before clipping and the learning rate.
+    """
+
+    model: nn.Module
+    ema: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, so that autocast and several processes see a single forward."""
+
+    def __init__(self, model: nn.Module, loss: Loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+
+
+def batch_rows(step: int, batch_size: int, rows: int, seed: int) -> Tensor:
+    """Rows of the data that `step` sees, (batch_size,) int64: each epoch shuffles anew, and none is left out."""
+    place = torch.arange(step * batch_size, (step + 1) * batch_size)
+    first, last = int(place[0]) // rows, int(place[-1]) // rows
+    orders = torch.cat([epoch_order(rows, seed, epoch) for epoch in range(first, last + 1)])
+    return orders[place - first * rows]
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to zero at the last step (Loshchilov and Hutter, 2017)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def update_ema(ema: dict[str, Tensor], parameters: list[Tensor], step: int, decay: float) -> None:
+    """Move the average towards `parameters`; a young average forgets faster, so that it does not keep the start."""
+    torch._foreach_lerp_(list(ema.values()), parameters, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+@contextmanager
+def averaged(run: Run) -> Iterator[nn.Module]:
+    """The model in eval mode with the averaged weights in place of its own, for as long as the block lasts."""
+    own = {name: parameter for name, parameter in run.model.named_parameters() if name in run.ema}
+    kept = {name: parameter.detach().clone() for name, parameter in own.items()}
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(run.ema[name])
+    was_training = run.model.training
+    try:
+        yield run.model.eval()
+    finally:
+        run.model.train(was_training)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(kept[name])
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    if isinstance(batch, dict):
+        return {name: value.to(device) for name, value in batch.items()}
+    return batch.to(device) if isinstance(batch, Tensor) else tuple(value.to(device) for value in batch)
+
+
+def save_run(run: Run, folder: Path, settings: dict) -> None:
+    """Write a checkpoint that is either whole or not there: sha256 first, then the state; keep the last two."""
+    state = {"settings": settings, "step": run.step, "seconds": run.seconds, "history": run.history, "ema": run.ema}
+    state |= {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "unfinished"
+    with open(unfinished, "wb") as file:
+        file.write(hashlib.sha256(buffer.getbuffer()).digest())
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(folder / f"step-{run.step:07d}.pt")
+    for old in sorted(folder.glob("step-*.pt"))[:-2]:
+        old.unlink()
+
+
+def restore_run(run: Run, folder: Path, settings: dict) -> None:
+    """Go on from the newest whole checkpoint in `folder`; a damaged one is named and passed over.
+
+    Raises ValueError where the folder holds a run with other settings.
+    """
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            warnings.warn(f"{path} is damaged and was not used: delete it; the one before it is tried.", stacklevel=3)
+            continue
+        state = torch.load(io.BytesIO(content[32:]), weights_only=True)
+        if state["settings"] != settings:
+            other = {name: value for name, value in state["settings"].items() if value != settings.get(name)}
+            raise ValueError(f"{folder} holds a run with {other}: delete it or name another folder.")
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        for name, value in run.ema.items():
+            value.copy_(state["ema"][name])
+        run.step, run.seconds, run.history = state["step"], state["seconds"], state["history"]
+        return
+
+
+def training_step(
+    objective: nn.Module, parts: list[Batch], optimizer: torch.optim.Optimizer, accelerator: Accelerator, clip: float
+) -> Tensor:
+    """One step down the mean loss of `parts`; returns loss and gradient norm, (2,) float32, without waiting for them."""
+    mean_loss = 0.0
+    for part in parts:
+        loss = objective(part) / len(parts)
+        accelerator.backward(loss)
+        mean_loss += loss.detach()
+    learnt = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = accelerator.clip_grad_norm_(learnt, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack([mean_loss.float(), norm.float()])
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    data: Dataset,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    warmup: int = 100,
+    clip: float = 1.0,
+    ema: float = 0.999,
+    accumulate: int = 1,
+    precision: str | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    save_seconds: float = 60.0,
+    callbacks: tuple[Callable[[Run], None], ...] = (),
+) -> Run:
+    """Minimise `loss(model, batch)` with AdamW, where a batch is `data[rows]` for a tensor of row numbers.
+
+    `batch_size` is what one step sees in all, over `accumulate` parts and all processes. `precision` is "no", "bf16"
+    or "fp16", and by default what the device does well. With a `folder` the run is saved about every `save_seconds`
+    and at its end, and goes on from there when it is started again. Callbacks are called every LOG_EVERY steps.
+    Raises ValueError for sizes that do not fit, and RuntimeError where the loss is no longer a number.
+    """
+    device = torch.device(device or runtime.device())
+    AcceleratorState._reset_state()  # a notebook trains more than once, not always in the same precision
+    precision = precision or runtime.precision(device)
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
+    share = accelerator.num_processes * accumulate
+    if steps < 1 or batch_size < 1 or batch_size % share:
+        raise ValueError(f"steps={steps} must be positive and batch_size={batch_size} a multiple of {share}.")
+
+    model.to(device).train()
+    learnt = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(
+        learnt.values(), lr=learning_rate, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
+    )
+    run = Run(model, {name: parameter.detach().clone() for name, parameter in learnt.items()}, optimizer)
+    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, "rows": len(data)}
+    if folder is not None:
+        restore_run(run, folder, settings)
+    objective, optimizer = accelerator.prepare(Objective(model, loss), optimizer)
+
+    started, saved, news = time.monotonic() - run.seconds, time.monotonic(), []
+    with tqdm(total=steps, initial=run.step, disable=not accelerator.is_main_process) as bar:
+        while run.step < steps:
+            rate = learning_rate_at(run.step, steps, learning_rate, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            runtime.seed_all(1_000_003 * seed + run.step, accelerator.process_index)
+            rows = batch_rows(run.step, batch_size, len(data), seed)[accelerator.process_index :: accelerator.num_processes]
+            parts = [to_device(data[part], device) for part in rows.chunk(accumulate)]
+            news.append(training_step(objective, parts, optimizer, accelerator, clip))
+            update_ema(run.ema, list(learnt.values()), run.step, ema)
+            run.step += 1
+
+            if run.step % LOG_EVERY == 0 or run.step == steps:
+                first = run.step - len(news)
+                for offset, (value, norm) in enumerate(accelerator.reduce(torch.stack(news), "mean").tolist()):
+                    rate = learning_rate_at(first + offset, steps, learning_rate, warmup)
+                    run.history.append({"loss": value, "grad_norm": norm, "lr": rate})
+                if not math.isfinite(value):
+                    raise RuntimeError(f"The loss is {value} at step {run.step}: lower learning_rate={learning_rate}.")
+                bar.update(len(news))
+                bar.set_postfix(loss=f"{value:.3f}")
+                news.clear()
+                run.seconds = time.monotonic() - started
+                for callback in callbacks:
+                    callback(run)
+                due = time.monotonic() - saved >= save_seconds or run.step == steps
+                if folder is not None and due and accelerator.is_main_process:
+                    save_run(run, folder, settings)
+                    saved = time.monotonic()
+    return run
