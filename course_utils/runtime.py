@@ -2,14 +2,36 @@
 
 import hashlib
 import os
+import platform
 import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
+import matplotlib.pyplot as plt
 import numpy as np
 import platformdirs
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+
+PROFILES = {
+    "smoke": "tiny sizes, for tests",
+    "laptop": "trains live for seconds, then loads the shipped checkpoint",
+    "gpu": "trains the full model from scratch",
+}
+MINUTES = {
+    "00_start_here": {"smoke": 0.5, "laptop": 0.5, "gpu": 0.5},
+    "01_gmm_em": {"smoke": 1, "laptop": 2, "gpu": 1},
+}
 
 
 def cache_dir(name: str = "") -> Path:
@@ -26,6 +48,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@cache
 def device() -> torch.device:
     """The GPU if there is one (CUDA, then Apple's), else the CPU."""
     if torch.cuda.is_available():
@@ -46,4 +69,87 @@ def seed_all(seed: int, process: int = 0) -> None:
     seed = (seed + 7_919_000_000 * process) % 2**32
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.5 ms for devices that are not there
+    if device().type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    elif device().type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+def check_environment() -> bool:
+    """Print what this computer has, a line each, and a verdict; True where the lessons will run."""
+    from course_utils import data  # which imports this module
+
+    def speed() -> float:
+        x = torch.rand(1024, 1024)
+        start = time.perf_counter()
+        for _ in range(10):
+            x @ x
+        return 10 * 2 * 1024**3 / (time.perf_counter() - start) / 1e9
+
+    speed()
+    damaged = []
+    for line in (data.DATA / "SHA256SUMS").read_text().splitlines():
+        try:
+            data.verified(line.split()[1])
+        except (FileNotFoundError, ValueError) as error:
+            damaged.append(str(error))
+    free = shutil.disk_usage(cache_dir()).free / 1e9
+    gigaflops = speed()
+    checks = [
+        (sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer"),
+        (True, f"torch {torch.__version__} on {device().type}, mixed precision {precision(device())}", ""),
+        (
+            gigaflops > 10,
+            f"{os.cpu_count()} cores, {gigaflops:.0f} GFLOP/s in float32",
+            "close other programs: this is slow",
+        ),
+        (
+            free > 2,
+            f"{free:.0f} GB free in the cache folder",
+            "free 2 GB, or set COURSE_CACHE to a folder elsewhere",
+        ),
+        (not damaged, "data sets complete", " ".join(damaged)),
+    ]
+    for good, what, cure in checks:
+        print(f"  {'ok ' if good else '-> '} {what}{'' if good else ': ' + cure}")
+    ready = all(good for good, _, _ in checks)
+    print("Ready." if ready else "Not ready: see the lines with an arrow.")
+    return ready
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What `setup` decided. `retrain` is true where COURSE_RETRAIN=1 asks for checkpoints to be made anew."""
+
+    lesson: str
+    profile: str
+    device: torch.device
+    retrain: bool
+
+    def pick(self, *, smoke: T, laptop: T, gpu: T) -> T:
+        """The value for this profile: `here.pick(smoke=10, laptop=100, gpu=1000)`."""
+        return {"smoke": smoke, "laptop": laptop, "gpu": gpu}[self.profile]
+
+
+def setup(lesson: str, seed: int = 0) -> Runtime:
+    """Seed everything, choose device and profile, and print the lesson's banner.
+
+    The profile is `$COURSE_PROFILE`, else "gpu" where there is one, else "laptop". Raises ValueError for a name that is
+    not a profile.
+    """
+    where = device()
+    profile = os.environ.get("COURSE_PROFILE") or ("laptop" if where.type == "cpu" else "gpu")
+    if profile not in PROFILES:
+        raise ValueError(f'There is no profile "{profile}": set COURSE_PROFILE to one of {", ".join(PROFILES)}.')
+    seed_all(seed)
+    plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=PALETTE)
+    plt.rcParams["image.cmap"] = "cividis"
+    cores = f" with {os.cpu_count()} cores" if where.type == "cpu" else ""
+    minutes = MINUTES[lesson][profile]
+    print(
+        f"{lesson} · profile {profile}: {PROFILES[profile]} · {where.type}{cores} · seed {seed} · "
+        f"about {f'{minutes} minute' + 's' * (minutes > 1) if minutes >= 1 else 'half a minute'} in all"
+    )
+    return Runtime(lesson, profile, where, os.environ.get("COURSE_RETRAIN") == "1")
