@@ -1,10 +1,19 @@
 """How the course measures: the judge, kernel distance, and the scoreboard that every lesson adds to."""
 
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from course_utils.data import Drawings
+from course_utils import pretrained
+from course_utils.data import DATA, Drawings
 
 
 class ResidualBlock(nn.Module):
@@ -22,19 +31,56 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(self.dropout(F.silu(self.norm2(h))))
 
 
-class Judge(nn.Module):
-    """A classifier trained only to judge: what a drawing shows, of which category, in which style.
+class StyleNet(nn.Module):
+    """Images (B, 3, 64, 64) in [0, 1] to logits of the style (B, 4), from statistics that cannot tell what is drawn.
 
-    Images (B, 3, 64, 64) in [0, 1] to logits {"concept": (B, 1563), "category": (B, 9), "style": (B, 4)}. Four by four
-    pixels become one position, then residual stages work at 16x16, 8x8 and 4x4 (He et al., 2016). The concept's logits
-    are scaled cosines, so that no concept wins by the length of its weight vector.
+    How large the steps between neighbouring pixels are (shading or flat colour), which colours there are (each vendor
+    has a palette), and how full each row and column is (each leaves a margin of its own).
     """
 
-    def __init__(self, widths: tuple[int, ...] = (96, 192, 384), blocks: tuple[int, ...] = (1, 2, 2), dropout: float = 0.1):
+    def __init__(self, width: int = 256, dropout: float = 0.2):
         super().__init__()
-        stages = [nn.PixelUnshuffle(4), nn.Conv2d(48, widths[0], 3, padding=1)]
-        for before, width, count in zip((None, *widths), widths, blocks, strict=False):
-            if before:
+        self.register_buffer("edges", torch.tensor([0.5, 1.5, 2.5, 4.5, 8.5, 12.5, 20.5, 40.5, 80.5]) / 255)
+        self.layers = nn.Sequential(
+            nn.Linear(10 + 128 + 512, width), nn.LayerNorm(width), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 4),
+        )  # fmt: skip
+
+    def statistics(self, images: Tensor) -> Tensor:
+        """Roots of the shares of 10 step sizes, of ink in 64 rows and 64 columns, and of 512 colours, (B, 650)."""
+        images = images.clamp(0, 1)
+        steps = [images.diff(dim=dim).abs().amax(1).flatten(1) for dim in (2, 3)]
+        bins = torch.bucketize(torch.cat(steps, dim=1), self.edges)
+        ink = (images.amin(1) < 0.96).float()
+        red, green, blue = (images * 7.999).long().flatten(2).unbind(1)
+        parts = [share(bins, 10), ink.mean(2), ink.mean(1), share(64 * red + 8 * green + blue, 512)]
+        return torch.cat(parts, dim=1).sqrt()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(self.statistics(images))
+
+
+def share(labels: Tensor, count: int) -> Tensor:
+    """How often each of `count` labels occurs in each row: (B, N) int64 to (B, count), rows summing to one."""
+    empty = torch.zeros(len(labels), count, device=labels.device)
+    return empty.scatter_add_(1, labels, torch.ones_like(labels, dtype=empty.dtype)) / labels.shape[1]
+
+
+class ConceptNet(nn.Module):
+    """Images (B, 3, 64, 64) in [0, 1] to logits {"concept": (B, 1563), "category": (B, 9)}.
+
+    Four by four pixels become one position, then residual stages work at 16x16, 8x8 and 4x4 (He et al., 2016). The
+    concept's logits are scaled cosines, so that no concept wins by the length of its weight vector.
+    """
+
+    def __init__(
+        self, widths: tuple[int, ...] = (64, 128, 256), blocks: tuple[int, ...] = (1, 2, 2), dropout: float = 0.1
+    ):
+        super().__init__()
+        stages: list[nn.Module] = [nn.PixelUnshuffle(4), nn.Conv2d(48, widths[0], 3, padding=1)]
+        for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            if stage:
+                before = widths[stage - 1]
                 stages += [nn.GroupNorm(8, before), nn.Conv2d(before, width, 2, stride=2)]
             stages += [ResidualBlock(width, dropout) for _ in range(count)]
         self.trunk = nn.Sequential(*stages, nn.GroupNorm(8, widths[-1]), nn.SiLU())
@@ -42,14 +88,29 @@ class Judge(nn.Module):
         self.concept = nn.Parameter(torch.randn(1563, 384) * 0.05)
         self.log_scale = nn.Parameter(torch.tensor(3.0))
         self.category = nn.Linear(widths[-1] * 2, 9)
-        self.style = nn.Linear(widths[-1] * 2, 4)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = self.trunk((images - 0.5) * 4)
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
         direction = F.normalize(self.embed(pooled), dim=1)
         concept = self.log_scale.exp() * direction @ F.normalize(self.concept, dim=1).T
-        return {"concept": concept, "category": self.category(pooled), "style": self.style(pooled)}
+        return {"concept": concept, "category": self.category(pooled)}
+
+
+class Judge(nn.Module):
+    """A classifier trained only to judge: what a drawing shows, of which category, in which style.
+
+    Images (B, 3, 64, 64) in [0, 1] to logits {"concept": (B, 1563), "category": (B, 9), "style": (B, 4)}. Style has a
+    network of its own: a head on features that know the concept learns in which styles it was seen, and denies the
+    one that is held out.
+    """
+
+    def __init__(self, **config: Any):
+        super().__init__()
+        self.what, self.style = ConceptNet(**config), StyleNet()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.what(images) | {"style": self.style(images)}
 
 
 @torch.no_grad()
@@ -62,4 +123,55 @@ def judge_accuracy(judge: nn.Module, drawings: Drawings, batch_size: int = 200) 
         best = logits["concept"].topk(5).indices == batch["concept"][:, None]
         same = [logits[name].argmax(1) == batch[name] for name in ("category", "style")]
         hits.append(torch.stack([best[:, 0], best.any(1), *same], 1))
-    return dict(zip(("concept_top1", "concept_top5", "category", "style"), torch.cat(hits).float().mean(0).tolist()))
+    names = ("concept_top1", "concept_top5", "category", "style")
+    return dict(zip(names, torch.cat(hits).float().mean(0).tolist(), strict=True))
+
+
+def load_judge(device: str | torch.device = "cpu") -> tuple[Judge, dict[str, Any]]:
+    """The trained judge, frozen and in eval mode, and its card with its ceilings on real held-out drawings."""
+    _, card = pretrained.load_checkpoint("judge")
+    judge, card = pretrained.load_checkpoint("judge", Judge(**card["config"]), device)
+    return judge.eval().requires_grad_(False), card
+
+
+@torch.no_grad()
+def kid_lite0(real: Tensor, made: Tensor) -> float:
+    """Kernel distance between images (N, 3, H, W) and (M, 3, H, W) in [0, 1], in EfficientNet-lite0's features.
+
+    The unbiased estimate of the squared maximum mean discrepancy with the kernel (x.y / 1280 + 1)^3 (Binkowski et al.,
+    2018); a little below zero where the sets do not differ. Not comparable with published values, which use Inception.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(len(real), len(made))
+    with warnings.catch_warnings(action="ignore"):  # that it keeps all features in memory
+        metric = KernelInceptionDistance(feature=pretrained.load_lite0(), subsets=1, subset_size=size)
+    metric.update(real[:size], real=True)
+    metric.update(made[:size], real=False)
+    return metric.compute()[0].item()
+
+
+def publish(name: str, tensors: nn.Module | dict[str, Tensor], **card: Any) -> Path:
+    """`pretrained.save_checkpoint`, after which `data/scoreboard.json` is made anew from all cards."""
+    path = pretrained.save_checkpoint(name, tensors, folder=pretrained.CHECKPOINTS, **card)
+    (DATA / "scoreboard.json").write_text(json.dumps(scoreboard_rows(), indent=2) + "\n")
+    return path
+
+
+def scoreboard_rows() -> list[dict[str, Any]]:
+    """One row a shipped checkpoint, in the order of the lessons: what it is, what it costs, how well it does."""
+    rows = []
+    for path in pretrained.CHECKPOINTS.glob("*/card.json"):
+        card = json.loads(path.read_text())
+        with safe_open(path.parent / "model.safetensors", "pt") as weights:
+            parameters = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        facts = {key: card[key] for key in ("name", "lesson")} | {"parameters": parameters}
+        rows.append(facts | {key: card[key] for key in ("seconds", "device")} | card["metrics"])
+    return sorted(rows, key=lambda row: (row["lesson"], row["name"]))
+
+
+def scoreboard() -> pd.DataFrame:
+    """The scoreboard as a table, a row a model; empty where a measure does not apply."""
+    table = pd.DataFrame(scoreboard_rows()).set_index("name")
+    table["seconds"] = table["seconds"].round()
+    return table.round(3).astype(object).where(table.notna(), "")
