@@ -1,0 +1,101 @@
+"""Pictures for notebooks: grids of drawings, a stepper that a class can move, a loss curve that grows."""
+
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import display
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from course_utils.runtime import ROOT
+from course_utils.training import Run
+
+
+def show(images: Tensor, titles: Sequence[str] = (), columns: int = 10, size: float = 1.0, heading: str = "") -> None:
+    """Draw a grid of images, (N, 3, H, W) or one (3, H, W), as uint8 or as floats that are clipped to [0, 1].
+
+    `size` is the width of one image in inches; `titles` stand above the images. Raises ValueError for other shapes.
+    """
+    images = images[None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"show() takes images of shape (N, 3, H, W) or (3, H, W), not {tuple(images.shape)}.")
+    images = images.float() / 255 if not images.is_floating_point() else images
+    pixels = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    columns = min(columns, len(pixels))
+    lines = math.ceil(len(pixels) / columns)
+    room = 0.25 * any(titles)
+    figure, axes = plt.subplots(lines, columns, figsize=(size * columns, (size + room) * lines + 0.3 * bool(heading)))
+    for index, axis in enumerate(np.atleast_1d(axes).flat):
+        axis.axis("off")
+        if index < len(pixels):
+            axis.imshow(pixels[index], interpolation="nearest" if pixels.shape[1] < 64 else "antialiased")
+        if index < len(titles):
+            axis.set_title(titles[index], fontsize=8)
+    figure.suptitle(heading, fontsize=11)
+    figure.tight_layout(pad=0.2)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def save_picture(lesson: str) -> None:
+    """Where COURSE_RETRAIN=1, keep the figure that was drawn last as `notebooks/pictures/<lesson>.png`."""
+    if os.environ.get("COURSE_RETRAIN") == "1":
+        plt.gcf().savefig(ROOT / "notebooks" / "pictures" / f"{lesson}.png", bbox_inches="tight", dpi=110)
+
+
+def stepper(draw: Callable[[int], Figure], last: int, label: str = "step") -> widgets.VBox:
+    """A slider from 0 to `last` with a play button; `draw(step)` gives the picture below it, kept once drawn."""
+    kept: dict[int, bytes] = {}
+    slider = widgets.IntSlider(0, 0, last, description=label, continuous_update=False)
+    play = widgets.Play(value=0, min=0, max=last, interval=700)
+    picture = widgets.Image(format="png")
+
+    def update(_: object = None) -> None:
+        if slider.value not in kept:
+            kept[slider.value] = png(draw(slider.value))
+        picture.value = kept[slider.value]
+
+    widgets.jslink((play, "value"), (slider, "value"))
+    slider.observe(update, "value")
+    update()
+    return widgets.VBox([widgets.HBox([play, slider]), picture])
+
+
+class LossCurve:
+    """A callback for `train` that draws the loss as it falls, and leaves the last picture in the page."""
+
+    def __init__(self, every: int = 50):
+        self.every = every
+        self.handle = display(self.draw([], "the loss will appear here"), display_id=True)
+
+    def __call__(self, run: Run) -> None:
+        if run.step % self.every == 0:
+            losses = [row["loss"] for row in run.history]
+            self.handle.update(self.draw(losses, f"step {run.step}, {run.seconds:.0f} s"))
+
+    @staticmethod
+    def draw(losses: list[float], title: str) -> Figure:
+        figure, axis = plt.subplots(figsize=(5, 2.2))
+        axis.plot(losses, alpha=0.35, label="each step")
+        width = min(20, len(losses))
+        if width:
+            axis.plot(
+                range(width - 1, len(losses)),
+                np.convolve(losses, np.ones(width) / width, "valid"),
+                label="mean of 20",
+            )
+            axis.legend(frameon=False)
+        axis.set(xlabel="step", ylabel="loss", title=title)
+        plt.close(figure)
+        return figure
