@@ -42,4 +42,4 @@ data: setup
 
 retrain: setup
 	$(BIN)/python data/build/judge.py
-	cd notebooks && for lesson in 00_start_here 01_gmm_em; do COURSE_RETRAIN=1 ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=9000 $$lesson.ipynb || exit 1; done
+	COURSE_RETRAIN=1 $(BIN)/python tests/run_lessons.py 00_start_here 01_gmm_em
