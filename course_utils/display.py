@@ -21,9 +21,9 @@ def show(images: Tensor, titles: Sequence[str] = (), columns: int = 10, size: fl
 
     `size` is the width of one image in inches; `titles` stand above the images. Raises ValueError for other shapes.
     """
-    images = images[None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[1] != 3:
+    if images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(f"show() takes images of shape (N, 3, H, W) or (3, H, W), not {tuple(images.shape)}.")
+    images = images[None] if images.ndim == 3 else images
     images = images.float() / 255 if not images.is_floating_point() else images
     pixels = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     columns = min(columns, len(pixels))

@@ -51,7 +51,7 @@ def test_stepper_draws_each_step_once() -> None:
     (play, slider), picture = box.children[0].children, box.children[1]
     first = picture.value
     slider.value = 3
-    assert picture.value != first and picture.value.startswith(b"\x89PNG")
+    assert picture.value != first and bytes(picture.value).startswith(b"\x89PNG")
     slider.value = 0
     assert picture.value == first and calls == [0, 3]
     assert (play.max, slider.max) == (3, 3) and not plt.get_fignums()

@@ -1,6 +1,7 @@
 """Each stored notebook is executed, free of errors, small, readable, and checks something."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_models_are_what_the_lessons_export(tmp_path: Path) -> None:
     export(tmp_path)
     assert lessons()
     for path in lessons():
-        (name,) = [line.split()[2] for line in path.read_text().split("\\n") if "#| default_exp" in line]
+        name = re.search(r"#\| default_exp (\w+)", path.read_text())[1]
         ours = (runtime.ROOT / "course_utils" / "models" / f"{name}.py").read_text()
         assert code(ours) == code((tmp_path / f"{name}.py").read_text()), (
             f"{name}.py is not {path.name}: run make models"
