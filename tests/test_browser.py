@@ -1,4 +1,4 @@
-"""A student's first minutes: lesson 01 in a real JupyterLab, and its stepper moved by keyboard and by play button."""
+"""A student's first minutes: lesson 01 in a real JupyterLab, its stepper moved by keys and by the play button."""
 
 import json
 import os
@@ -23,8 +23,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 QUIET = ("gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage")
 OPTIONS = [f"--disable-{name}" for name in QUIET] + ["--no-sandbox", "--no-first-run", "--no-proxy-server"]
 OPTIONS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # the browser reaches nothing else
-NOTICES = "@jupyterlab/apputils-extension"
-LOADED = "([img, before]) => img.src != before && img.complete && img.naturalWidth > 300"
+NOTICES = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+LOADED = "img => img.complete && img.naturalWidth > 300"
 BYTES = "async img => Array.from(new Uint8Array(await (await fetch(img.src)).arrayBuffer()))"
 
 
@@ -41,10 +41,11 @@ def jupyterlab(folder: Path, log: list[str]) -> Iterator[Callable[[str], str]]:
     command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     settings = folder / "CONFIG" / "labconfig" / "default_setting_overrides.json"
     settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({f"{NOTICES}:notification": {"fetchNews": "false", "checkForUpdates": False}}))
+    settings.write_text(json.dumps(NOTICES))
     places = {f"JUPYTER_{name}_DIR": str(folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}
     environment = os.environ | places | {"IPYTHONDIR": str(folder / "ipython"), "COURSE_PROFILE": "smoke"}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    server = subprocess.Popen(command, env=environment, **pipes)
 
     def listen() -> None:
         for line in server.stdout:
@@ -91,9 +92,9 @@ def test_stepper_of_lesson_01_moves(tmp_path: Path) -> None:
             run_and_step(page)
             check_saved(page, copy)
         except (AssertionError, api.Error) as problem:
-            page.screenshot(path=tmp_path / "failed.png")
-            tail = "".join(log[-30:])
-            raise AssertionError(f"{problem}\nscreenshot: {tmp_path / 'failed.png'}\nserver:\n{tail}") from problem
+            seen, tail = tmp_path / "failed.png", "".join(log[-30:])
+            page.screenshot(path=seen)
+            raise AssertionError(f"{problem}\nscreenshot: {seen}\nserver:\n{tail}") from problem
 
 
 def run_and_step(page: "api.Page") -> None:
@@ -107,18 +108,19 @@ def run_and_step(page: "api.Page") -> None:
     handle = stepper.locator(".noUi-handle, .ui-slider-handle")  # of ipywidgets 8, of ipywidgets 7
     play = stepper.locator(".widget-play button").first
     picture.scroll_into_view_if_needed()
-    page.wait_for_function(LOADED, arg=[picture.element_handle(), ""])
+    page.wait_for_function(LOADED, arg=picture.element_handle())
 
     def picture_after(move: Callable[[], None], step: str) -> list[int]:
         before = picture.get_attribute("src")
         move()
         api.expect(readout, "the readout shows the step").to_have_text(re.compile(step), timeout=60_000)
-        page.wait_for_function(LOADED, arg=[picture.element_handle(), before], timeout=60_000)
+        api.expect(picture, "the picture follows the slider").not_to_have_attribute("src", before, timeout=60_000)
+        page.wait_for_function(LOADED, arg=picture.element_handle())
         return picture.evaluate(BYTES)
 
     start = picture.evaluate(BYTES)
-    assert picture_after(lambda: handle.press("ArrowRight"), "^1$") != start, "step 1 shows the picture of step 0"
-    assert picture_after(lambda: handle.press("ArrowLeft"), "^0$") == start, "back at 0, another picture than before"
+    assert picture_after(lambda: handle.press("ArrowRight"), "^1$") != start, "step 1 looks like step 0"
+    assert picture_after(lambda: handle.press("ArrowLeft"), "^0$") == start, "step 0 is not what it was"
     assert picture_after(play.click, "^[1-9]") != start, "play moves the slider and not the picture"
     play.click()  # pause
     idle.wait_for()
