@@ -117,7 +117,7 @@ def test_killed_at_any_moment_it_ends_bit_for_bit_where_it_would_have_ended(tmp_
     told = f"with COURSE_TEST_SEED={seed}; kills: {met}"
     assert len(met) == kills, told
     assert sum(0 < kill["newest"] < STEPS for kill in met) >= 2, f"too few kills in the middle {told}"
-    assert any(kill["unfinished"] for kill in met), f"no kill while a checkpoint was being written {told}"
+    assert sum(kill["unfinished"] is not None for kill in met) >= 2, f"too few kills of a save {told}"
 
     uninterrupted, resumed = (torch.load(tmp_path / name) for name in ("whole.pt", "killed.pt"))
     assert len(uninterrupted["history"]) == STEPS
@@ -460,6 +460,11 @@ def test_averaged_swaps_and_gives_back(training: bool, raises: bool):
         assert raises
     assert differing(weights(run), own) == [] and differing(run.ema, average) == []
     assert all(part.training == training for part in run.model.modules())
+
+
+def test_a_model_left_in_eval_mode_is_trained_in_train_mode(whole: dict):
+    run = train(small_model().eval(), noisy_loss, Points(), **SIZE)
+    assert differing(final(run), whole) == []
 
 
 def test_frozen_parameters_stay_and_have_no_average():

@@ -9,6 +9,7 @@ import. It leaves whole.pt (never interrupted) and killed.pt in FOLDER and print
 """
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -81,7 +82,14 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 class SlowFile:
-    """A file on a slow disk: it writes in small pieces, each of which reaches the file before the next."""
+    """A file on a slow disk: it writes in pieces, each of which reaches the file before the next.
+
+    Where `stuck_at` is a number, a long write goes no further than that piece: it touches `marker` and waits.
+    """
+
+    PIECES = 7
+    stuck_at: int | None = None
+    marker: Path
 
     def __init__(self, path: Path, mode: str):
         self.file = open(path, mode)  # noqa: SIM115
@@ -97,21 +105,29 @@ class SlowFile:
 
     def write(self, content: bytes) -> None:
         content = memoryview(content)
-        size = max(1, len(content) // 6)
-        for start in range(0, len(content), size):
-            self.file.write(content[start : start + size])
+        size = len(content) // self.PIECES + 1
+        for piece in range(self.PIECES + 1):
+            if piece == self.stuck_at and size > 1000:
+                self.marker.touch()
+                time.sleep(600)
+            self.file.write(content[piece * size : (piece + 1) * size])
             self.file.flush()
             time.sleep(PAUSE)
 
 
-def life(folder: Path | None, result: Path, hold: bool) -> None:
-    """Train to the end and write `result`; with `hold`, never reach the end but wait there to be killed."""
+def life(folder: Path | None, result: Path, hold: bool = False, stuck: tuple[int, int] | None = None) -> None:
+    """Train to the end and write `result`; with `hold`, never reach the end but wait there to be killed.
+
+    `stuck` is a step and a piece: a later checkpoint than that step's is written up to that piece alone.
+    """
 
     def slow_loss(model: nn.Module, batch: Batch) -> Tensor:
         time.sleep(PAUSE)
         return noisy_loss(model, batch)
 
     def wait(run: Run) -> None:
+        if stuck and run.step > stuck[0]:
+            SlowFile.stuck_at, SlowFile.marker = stuck[1], result
         if hold and run.step >= STEPS - training.LOG_EVERY:
             time.sleep(600)
 
@@ -150,29 +166,33 @@ def wait_until(true: Callable[[], bool], process: int) -> None:
 
 def killed(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
+    importlib.import_module("torch._dynamo")  # a first optimizer step would import it, in every life anew
     rng = random.Random(seed)
-    code = os.waitpid(forked(lambda: life(None, folder / "whole.pt", hold=False)), 0)[1]
+    code = os.waitpid(forked(lambda: life(None, folder / "whole.pt")), 0)[1]
     assert code == 0, "the uninterrupted training failed"
 
-    run, unfinished, met = folder / "run", folder / "run" / "unfinished", []
-    moments = sorted(rng.choices(range(training.LOG_EVERY, STEPS - 2 * training.LOG_EVERY, 10), k=kills))
-    if kills > 5:
-        moments[0] = 0
+    run, marker, met = folder / "run", folder / "marker", []
+    saves = range(0, STEPS - 2 * training.LOG_EVERY, training.LOG_EVERY)
+    moments = sorted(rng.sample(saves[1:], kills) if kills < len(saves) else rng.choices(saves, k=kills))
     for number, moment in enumerate(moments):
-        while_saving, delay = number % 2 == 0, rng.uniform(0, 10 * PAUSE)
-        process = forked(lambda: life(run, folder / "never.pt", hold=True))
-        wait_until(lambda moment=moment: max(checkpoint_steps(run), default=0) >= moment, process)
-        if while_saving:
-            unfinished.unlink(missing_ok=True)
-            wait_until(unfinished.exists, process)
+        marker.unlink(missing_ok=True)
+        stuck = (moment, rng.randrange(SlowFile.PIECES + 1)) if number % 2 == 0 else None
+        process = forked(lambda stuck=stuck: life(run, marker, hold=True, stuck=stuck))
+        if stuck:
+            wait_until(marker.exists, process)
+        else:
+            wait_until(lambda moment=moment: max(checkpoint_steps(run), default=0) >= moment, process)
+        delay = rng.uniform(0, 10 * PAUSE)
         time.sleep(delay)
         os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         assert os.WIFSIGNALED(status), f"it ended by itself with status {status}"
+        written = run / "unfinished"
+        size = written.stat().st_size if written.exists() else None
         newest = max(checkpoint_steps(run), default=0)
-        met.append({"asked": moment, "newest": newest, "delay": delay, "unfinished": unfinished.exists()})
+        met.append({"asked": moment, "newest": newest, "stuck": stuck, "delay": delay, "unfinished": size})
 
-    code = os.waitpid(forked(lambda: life(run, folder / "killed.pt", hold=False)), 0)[1]
+    code = os.waitpid(forked(lambda: life(run, folder / "killed.pt")), 0)[1]
     assert code == 0, "the training that was killed did not end"
     print(json.dumps(met))
 
