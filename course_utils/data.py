@@ -60,7 +60,7 @@ def read_atlas(path: Path, count: int) -> Tensor:
     return tiles.reshape(-1, 3, SIZE, SIZE)[:count]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # == on tensors is no yes or no
 class Drawings(Dataset):
     """Drawings in memory, with what they show.
 
@@ -153,7 +153,7 @@ def emoji(name: str, style: str = "3d") -> Tensor:
     return all_drawings()[len(STYLES) * concept + STYLES.index(choose(style, STYLES, "style"))]["image"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # == on tensors is no yes or no
 class Texts(Dataset):
     """Sentences, and for reviews their mean human rating, (N,) float32 in [-4, 4]."""
 
@@ -197,7 +197,7 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     def noise(*shape: int) -> Tensor:
         return strength * (2 * torch.rand(count, *shape, device=device) - 1)
 
-    angle, zoom = 0.21 * noise(), torch.exp(0.23 * noise() + 0.05)
+    angle, zoom = 0.21 * noise(), torch.exp(0.23 * noise() + 0.05 * strength)
     stretch = torch.exp(0.12 * noise())
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     shift = 0.14 * noise(2)
@@ -215,5 +215,5 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     y, x = torch.meshgrid(torch.linspace(-1, 1, images.shape[2]), torch.linspace(-1, 1, images.shape[3]), indexing="ij")
     place = torch.stack([y, x]).to(device) - 1.2 * (2 * torch.rand(count, 2, 1, 1, device=device) - 1)
     half = 0.45 * strength * torch.rand(count, 1, 1, 1, device=device)
-    hidden = (place.abs() < half.unsqueeze(1)[:, :, 0]).all(1, keepdim=True)
+    hidden = (place.abs() < half).all(1, keepdim=True)
     return torch.where(hidden, torch.rand(count, 3, 1, 1, device=device), colour)

@@ -132,20 +132,18 @@ def test_a_pairs_other_three_drawings_may_be_learnt_from(split: str, others: str
 
 def test_no_test_drawing_is_also_in_training() -> None:
     images = all_drawings().images
-    seen = {images[row].numpy().tobytes(): row for row in rows("train")}
-    found = set()
+    learnt = {images[row].numpy().tobytes() for row in rows("train")}
     for row in rows("pairs") + rows("concepts"):
-        twin = seen.get(images[row].numpy().tobytes())
-        if twin is not None:
-            assert twin // 4 != row // 4, concepts()["name"][row // 4]
-            found.add((concepts()["name"][row // 4], STYLES[row % 4]))
-    assert found <= {("man astronaut", "noto")}
+        assert images[row].numpy().tobytes() not in learnt, (concepts()["name"][row // 4], STYLES[row % 4])
 
 
 @pytest.mark.parametrize(
     ("name", "phrase"),
     [
         ("beaver", "a beaver"),
+        ("face holding back tears", "a face holding back tears"),
+        ("globe showing Americas", "a globe showing Americas"),
+        ("man lifting weights", "a man lifting weights"),
         ("otter", "an otter"),
         ("octopus", "an octopus"),
         ("unicorn", "a unicorn"),
@@ -241,11 +239,8 @@ def test_augment_differs_by_call_and_picture_and_repeats_with_the_seed(pictures:
     assert torch.equal(augment(same), first)
 
 
-def test_augment_of_strength_0_only_shrinks_by_5_percent(pictures: Tensor) -> None:
-    theta = torch.tensor([[1.0, 0, 0], [0, 1, 0]]) * torch.e**0.05
-    grid = F.affine_grid(theta.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
-    shrunk = 1 - F.grid_sample(1 - pictures, grid, align_corners=False)
-    torch.testing.assert_close(augment(pictures, 0), shrunk, atol=1e-5, rtol=0)
+def test_augment_of_strength_0_changes_nothing(pictures: Tensor) -> None:
+    torch.testing.assert_close(augment(pictures, 0), pictures, atol=1e-5, rtol=0)
 
 
 def test_augment_turns_and_scales_as_far_as_its_docstring_says(monkeypatch: pytest.MonkeyPatch) -> None:
