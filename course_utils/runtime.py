@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-import matplotlib.pyplot as plt
 import numpy as np
 import platformdirs
 import torch
@@ -31,6 +30,7 @@ PROFILES = {
 MINUTES = {
     "00_start_here": {"smoke": 0.5, "laptop": 0.5, "gpu": 0.5},
     "01_gmm_em": {"smoke": 1, "laptop": 2, "gpu": 1},
+    "02_vae_elbo": {"smoke": 1, "laptop": 3, "gpu": 10},
 }
 
 
@@ -138,6 +138,8 @@ def setup(lesson: str, seed: int = 0) -> Runtime:
     The profile is `$COURSE_PROFILE`, else "gpu" where there is one, else "laptop". Raises ValueError for a name that is
     not a profile.
     """
+    import matplotlib.pyplot as plt  # half a second, which who only loads a model need not wait for
+
     where = device()
     profile = os.environ.get("COURSE_PROFILE") or ("laptop" if where.type == "cpu" else "gpu")
     if profile not in PROFILES:

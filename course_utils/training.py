@@ -1,8 +1,9 @@
 """The one training loop of the course.
 
-Everything random in a step is a function of (seed, step): which rows it sees, and the noise, dropout and
-augmentation it draws. So a checkpoint needs no hidden state: a run that is killed at any moment and started again
-ends bit for bit where the uninterrupted run ends. Devices, mixed precision and several processes come from
+The random numbers of a step are a function of (seed, step): which rows it sees, and the noise, dropout and
+augmentation it draws. (The generators start anew every LOG_EVERY steps, and only there is a run saved.) So a checkpoint
+needs no hidden state: a run that is killed at any moment and started again ends bit for bit where the uninterrupted
+run ends. Devices, mixed precision and several processes come from
 Hugging Face `accelerate`; nothing in this file knows what is being trained.
 """
 
@@ -64,12 +65,15 @@ def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
 
 
-def batch_rows(step: int, batch_size: int, rows: int, seed: int) -> Tensor:
-    """Rows of the data that `step` sees, (batch_size,) int64: each epoch shuffles anew, and none is left out."""
+def batch_rows(step: int, batch_size: int, rows: int, seed: int, count: int = 1) -> Tensor:
+    """Rows of the data that `count` steps from `step` on see, (count * batch_size,) int64.
+
+    Each epoch shuffles anew, and none is left out.
+    """
     first, place = divmod(step * batch_size, rows)
-    last = (step * batch_size + batch_size - 1) // rows
-    orders = [epoch_order(rows, seed, epoch) for epoch in range(first, last + 1)]
-    return (orders[0] if len(orders) == 1 else torch.cat(orders))[place : place + batch_size].clone()
+    last = ((step + count) * batch_size - 1) // rows
+    orders = torch.cat([epoch_order(rows, seed, epoch) for epoch in range(first, last + 1)])
+    return orders[place : place + count * batch_size]
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -166,20 +170,19 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     clip: float,
-) -> Tensor:
-    """One step down the mean loss of `parts`; returns loss and gradient norm, (2,) float32, without waiting for it."""
-    mean_loss = 0.0
+) -> tuple[Tensor, Tensor]:
+    """One step down the mean loss of `parts`; returns loss and gradient norm, without waiting for them."""
+    losses = []
     for part in parts:
-        loss = objective(part)
-        accelerator.backward(loss)  # which divides by the number of parts
-        mean_loss += loss.detach() / len(parts)
-    learnt = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        loss = objective(part) if len(parts) == 1 else objective(part) / len(parts)
+        losses.append(loss.detach())
+        (loss if accelerator.scaler is None else accelerator.scaler.scale(loss)).backward()
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimizer)
-    norm = nn.utils.clip_grad_norm_(learnt, clip)
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
     optimizer.step()
     optimizer.zero_grad()
-    return torch.stack([mean_loss.float(), norm.float()])
+    return losses[0] if len(losses) == 1 else sum(losses), norm
 
 
 def train(
@@ -213,7 +216,6 @@ def train(
     AcceleratorState._reset_state()  # a notebook trains more than once, not always in the same precision
     precision = precision or runtime.precision(device)
     accelerator = Accelerator(
-        gradient_accumulation_steps=accumulate,
         mixed_precision=precision,
         cpu=device.type == "cpu",
         device_placement=False,
@@ -225,8 +227,9 @@ def train(
 
     model.to(device).train()
     learnt = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = list(learnt.values())
     optimizer = torch.optim.AdamW(
-        learnt.values(), lr=learning_rate, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
+        parameters, lr=learning_rate, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
     )
     run = Run(model, {name: parameter.detach().clone() for name, parameter in learnt.items()}, optimizer)
     settings = {
@@ -242,38 +245,36 @@ def train(
     if accelerator.scaler is not None:  # only fp16 needs accelerate's own optimizer, which takes 0.1 ms a step
         optimizer = accelerator.prepare(optimizer)
 
-    started, saved, news = time.monotonic() - run.seconds, time.monotonic(), []
+    started, saved = time.monotonic() - run.seconds, time.monotonic()
+    first, every = accelerator.process_index, accelerator.num_processes
     with tqdm(total=steps, initial=run.step, disable=not accelerator.is_main_process) as bar:
         while run.step < steps:
-            rate = learning_rate_at(run.step, steps, learning_rate, warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             runtime.seed_all(1_000_003 * seed + run.step, accelerator.process_index)
-            rows = batch_rows(run.step, batch_size, len(data), seed)[
-                accelerator.process_index :: accelerator.num_processes
-            ]
-            parts = [to_device(data[part], device) for part in rows.chunk(accumulate)]
-            news.append(training_step(objective, parts, optimizer, accelerator, clip))
-            update_ema(run.ema, list(learnt.values()), run.step, ema)
-            run.step += 1
+            block, news = range(run.step, min(run.step + LOG_EVERY, steps)), []
+            order = batch_rows(run.step, batch_size, len(data), seed, len(block))
+            for step, rows in zip(block, order.split(batch_size), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
+                parts = [to_device(data[part], device) for part in rows[first::every].chunk(accumulate)]
+                news.append(training_step(objective, parts, optimizer, accelerator, clip))
+                update_ema(run.ema, parameters, step, ema)
+            run.step = block.stop
 
-            if run.step % LOG_EVERY == 0 or run.step == steps:
-                first = run.step - len(news)
-                for offset, (value, norm) in enumerate(accelerator.reduce(torch.stack(news), "mean").tolist()):
-                    rate = learning_rate_at(first + offset, steps, learning_rate, warmup)
-                    run.history.append({"loss": value, "grad_norm": norm, "lr": rate})
-                    # fp16's scaler leaves out a step whose gradient is not finite
-                    if not math.isfinite(value if precision == "fp16" else value + norm):
-                        what = f"The loss is {value} and its gradient {norm} at step {first + offset + 1}"
-                        raise RuntimeError(f"{what}: lower learning_rate={learning_rate}.")
-                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-                bar.update(len(news))
-                news.clear()
-                run.seconds = time.monotonic() - started
-                for callback in callbacks:
-                    callback(run)
-                due = time.monotonic() - saved >= save_seconds or run.step == steps
-                if folder is not None and due and accelerator.is_main_process:
-                    save_run(run, folder, settings)
-                    saved = time.monotonic()
+            both = torch.stack([torch.stack(values).float() for values in zip(*news, strict=True)], dim=1)
+            for step, (value, norm) in zip(block, accelerator.reduce(both, "mean").tolist(), strict=True):
+                rate = learning_rate_at(step, steps, learning_rate, warmup)
+                run.history.append({"loss": value, "grad_norm": norm, "lr": rate})
+                # fp16's scaler leaves out a step whose gradient is not finite
+                if not math.isfinite(value if precision == "fp16" else value + norm):
+                    what = f"The loss is {value} and its gradient {norm} at step {step + 1}"
+                    raise RuntimeError(f"{what}: lower learning_rate={learning_rate}.")
+            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            bar.update(len(block))
+            run.seconds = time.monotonic() - started
+            for callback in callbacks:
+                callback(run)
+            due = time.monotonic() - saved >= save_seconds or run.step == steps
+            if folder is not None and due and accelerator.is_main_process:
+                save_run(run, folder, settings)
+                saved = time.monotonic()
     return run
