@@ -43,9 +43,14 @@ def show(images: Tensor, titles: Sequence[str] = (), columns: int = 10, size: fl
 def png(figure: Figure) -> bytes:
     """The figure as a PNG; the figure is closed."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    figure.savefig(buffer, format="png", bbox_inches="tight", dpi=110)
     plt.close(figure)
     return buffer.getvalue()
+
+
+def picture() -> widgets.Image:
+    """An empty picture for a widget, which is shown at its own size."""
+    return widgets.Image(format="png", layout=widgets.Layout(width="auto", align_self="flex-start"))
 
 
 def save_picture(lesson: str) -> None:
@@ -59,17 +64,34 @@ def stepper(draw: Callable[[int], Figure], last: int, label: str = "step") -> wi
     kept: dict[int, bytes] = {}
     slider = widgets.IntSlider(0, 0, last, description=label, continuous_update=False)
     play = widgets.Play(value=0, min=0, max=last, interval=700)
-    picture = widgets.Image(format="png")
+    shown = picture()
 
     def update(_: object = None) -> None:
         if slider.value not in kept:
             kept[slider.value] = png(draw(slider.value))
-        picture.value = kept[slider.value]
+        shown.value = kept[slider.value]
 
     widgets.jslink((play, "value"), (slider, "value"))
     slider.observe(update, "value")
     update()
-    return widgets.VBox([widgets.HBox([play, slider]), picture])
+    return widgets.VBox([widgets.HBox([play, slider]), shown])
+
+
+def explorer(draw: Callable[[list[float]], Figure], labels: Sequence[str], reach: float = 3.0) -> widgets.HBox:
+    """A slider from -reach to reach for each label; `draw(values)` gives the picture beside them."""
+    sliders = [
+        widgets.FloatSlider(0, min=-reach, max=reach, step=0.25, description=label, continuous_update=False)
+        for label in labels
+    ]
+    shown = picture()
+
+    def update(_: object = None) -> None:
+        shown.value = png(draw([slider.value for slider in sliders]))
+
+    for slider in sliders:
+        slider.observe(update, "value")
+    update()
+    return widgets.HBox([widgets.VBox(sliders), shown])
 
 
 class LossCurve:

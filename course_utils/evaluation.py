@@ -34,27 +34,29 @@ class ResidualBlock(nn.Module):
 class StyleNet(nn.Module):
     """Images (B, 3, 64, 64) in [0, 1] to logits of the style (B, 4), from statistics that cannot tell what is drawn.
 
-    How large the steps between neighbouring pixels are (shading or flat colour), which colours there are (each vendor
-    has a palette), and how full each row and column is (each leaves a margin of its own).
+    Which step between neighbouring pixels follows which (shading, flat colour, the softness of an edge), which colours
+    there are (each vendor has a palette), and how full each row and column is (each leaves a margin of its own).
     """
 
     def __init__(self, width: int = 256, dropout: float = 0.2):
         super().__init__()
         self.register_buffer("edges", torch.tensor([0.5, 1.5, 2.5, 4.5, 8.5, 12.5, 20.5, 40.5, 80.5]) / 255)
         self.layers = nn.Sequential(
-            nn.Linear(10 + 128 + 512, width), nn.LayerNorm(width), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(100 + 128 + 512, width), nn.LayerNorm(width), nn.GELU(), nn.Dropout(dropout),
             nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 4),
         )  # fmt: skip
 
     def statistics(self, images: Tensor) -> Tensor:
-        """Roots of the shares of 10 step sizes, of ink in 64 rows and 64 columns, and of 512 colours, (B, 650)."""
-        images = images.clamp(0, 1)
-        steps = [images.diff(dim=dim).abs().amax(1).flatten(1) for dim in (2, 3)]
-        bins = torch.bucketize(torch.cat(steps, dim=1), self.edges)
+        """Roots of the shares of 100 pairs of steps, of ink in 64 rows and 64 columns, and of 512 colours, (B, 740)."""
+        images, pairs = images.clamp(0, 1), []
+        for dim in (2, 3):
+            step = torch.bucketize(images.diff(dim=dim).abs().amax(1), self.edges)  # 0 to 9
+            first, second = step.narrow(dim - 1, 0, 62), step.narrow(dim - 1, 1, 62)
+            pairs.append((10 * first + second).flatten(1))
         ink = (images.amin(1) < 0.96).float()
         red, green, blue = (images * 7.999).long().flatten(2).unbind(1)
-        parts = [share(bins, 10), ink.mean(2), ink.mean(1), share(64 * red + 8 * green + blue, 512)]
-        return torch.cat(parts, dim=1).sqrt()
+        colours = share(64 * red + 8 * green + blue, 512)
+        return torch.cat([share(torch.cat(pairs, dim=1), 100), ink.mean(2), ink.mean(1), colours], dim=1).sqrt()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(self.statistics(images))
@@ -114,17 +116,33 @@ class Judge(nn.Module):
 
 
 @torch.no_grad()
-def judge_accuracy(judge: nn.Module, drawings: Drawings, batch_size: int = 200) -> dict[str, float]:
-    """Share of drawings the judge names rightly: concept_top1, concept_top5, category, style, each in [0, 1]."""
+def judge_pictures(
+    judge: nn.Module, images: Tensor, wanted: dict[str, Tensor], batch_size: int = 200
+) -> dict[str, float]:
+    """Share of images (N, 3, 64, 64) in [0, 1] in which the judge sees what is wanted, each in [0, 1].
+
+    `wanted` holds the right concept, category and style, each (N,) int64. Returns concept_top1, concept_top5,
+    category and style.
+    """
     hits = []
-    for rows in torch.arange(len(drawings)).split(batch_size):
-        batch = drawings[rows]
-        logits = judge(batch["image"])
-        best = logits["concept"].topk(5).indices == batch["concept"][:, None]
-        same = [logits[name].argmax(1) == batch[name] for name in ("category", "style")]
+    for rows in torch.arange(len(images)).split(batch_size):
+        logits = judge(images[rows])
+        best = logits["concept"].topk(5).indices == wanted["concept"][rows, None]
+        same = [logits[name].argmax(1) == wanted[name][rows] for name in ("category", "style")]
         hits.append(torch.stack([best[:, 0], best.any(1), *same], 1))
     names = ("concept_top1", "concept_top5", "category", "style")
     return dict(zip(names, torch.cat(hits).float().mean(0).tolist(), strict=True))
+
+
+def judge_accuracy(judge: nn.Module, drawings: Drawings, batch_size: int = 200) -> dict[str, float]:
+    """`judge_pictures` of real drawings: the ceiling for all that are made."""
+    batch = drawings[torch.arange(len(drawings))]
+    return judge_pictures(judge, batch["image"], batch, batch_size)
+
+
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image (N, 3, H, W) in [0, 1] against its truth, in dB, (N,)."""
+    return -10 * (images.clamp(0, 1) - truth).square().flatten(1).mean(1).log10()
 
 
 def load_judge(device: str | torch.device = "cpu") -> tuple[Judge, dict[str, Any]]:
@@ -170,8 +188,25 @@ def scoreboard_rows() -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["lesson"], row["name"]))
 
 
+MEASURES = {  # what the scoreboard shows, and how it heads the column
+    "bits_per_dim": "bits/dim",
+    "kid_lite0": "KID-lite0",
+    "judge_concept_top1": "concept",
+    "judge_concept_top5": "in top 5",
+    "judge_style": "style",
+}
+
+
 def scoreboard() -> pd.DataFrame:
-    """The scoreboard as a table, a row a model; empty where a measure does not apply."""
-    table = pd.DataFrame(scoreboard_rows()).set_index("name")
-    table["seconds"] = table["seconds"].round()
-    return table.round(3).astype(object).where(table.notna(), "")
+    """The scoreboard as a table, a row a model, the measures that all lessons share; empty where one does not apply."""
+    columns: dict[tuple[str, str], list[Any]] = {}
+    rows = scoreboard_rows()
+    columns["", "lesson"] = [row["lesson"][:2] for row in rows]
+    columns["", "parameters"] = [f"{row['parameters'] / 1e6:.2f} M" for row in rows]
+    columns["", "minutes"] = [f"{row['seconds'] / 60:.1f}" for row in rows]
+    for split in ("pairs", "concepts"):
+        for key, head in MEASURES.items():
+            values = [row.get(f"{split}/{key}") for row in rows]
+            if any(value is not None for value in values):
+                columns[f"held-out {split}", head] = ["" if value is None else f"{value:.3f}" for value in values]
+    return pd.DataFrame(columns, index=[row["name"] for row in rows])

@@ -60,7 +60,8 @@ def test_kid_orders_sets_of_drawings() -> None:
     same = evaluation.kid_lite0(images[0::2][:60], images[1::2][:60])
     noisy = evaluation.kid_lite0(images[0::2][:60], (images[1::2][:60] + 0.3 * torch.randn(60, 3, 64, 64)).clamp(0, 1))
     assert abs(same) < 0.1 * noisy
-    assert same == evaluation.kid_lite0(images[0::2][:60], images[1::2][:60])
+    again = evaluation.kid_lite0(images[0::2][:60], images[1::2][:60])
+    assert same == pytest.approx(again, abs=1e-4)  # how a chip splits a sum may change its last bits
 
 
 def test_kid_is_the_unbiased_estimate_of_its_formula() -> None:
@@ -86,7 +87,28 @@ def test_scoreboard_is_made_from_the_cards() -> None:
     for row in stored:
         metrics = cards[row["name"]]["metrics"]
         assert {name: row[name] for name in metrics} == metrics
-    assert len(evaluation.scoreboard()) == len(cards)
+    table = evaluation.scoreboard()
+    assert set(table.index) == set(cards)
+    judged = f"{cards['judge']['metrics']['pairs/judge_style']:.3f}"
+    assert table.loc["judge", ("held-out pairs", "style")] == judged
+    assert table.loc["gmm", ("held-out pairs", "style")] == ""
+
+
+def test_psnr_is_torchmetrics() -> None:
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    truth = data.drawings("pairs")[torch.arange(5)]["image"]
+    noisy = (truth + 0.1 * torch.randn_like(truth)).clamp(0, 1)
+    for one, other, value in zip(noisy, truth, evaluation.psnr(noisy, truth), strict=True):
+        torch.testing.assert_close(value, peak_signal_noise_ratio(one, other, data_range=1.0))
+
+
+def test_judge_pictures_compares_with_what_is_wanted(judge: tuple) -> None:
+    batch = data.drawings("fit")[torch.arange(20)]
+    right = evaluation.judge_pictures(judge[0], batch["image"], batch, batch_size=7)
+    wrong = evaluation.judge_pictures(judge[0], batch["image"], batch | {"style": (batch["style"] + 1) % 4})
+    assert right["style"] > 0.9 and right["concept_top1"] > 0.9 and wrong["style"] < 0.1
+    assert wrong["concept_top1"] == right["concept_top1"]
 
 
 def test_publish_rewrites_the_scoreboard(monkeypatch, tmp_path) -> None:

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['sample', 'log_joint', 'responsibilities', 'm_step', 'em', 'elbo', 'kmeans_plus_plus', 'start_from', 'restrict',
            'free_numbers', 'features', 'natural_parameters', 'm_step_from_sums', 'fast_em_step', 'fast_em',
-           'drawing_log_p', 'bits_per_dim']
+           'drawing_log_p', 'bits_per_dim', 'mutual_information']
 
 # %% ../../notebooks/01_gmm_em.ipynb #91c4a112f5
 import math
@@ -163,3 +163,11 @@ def drawing_log_p(x: Tensor, m: Tensor, B: Tensor, sigma2: Tensor, pi: Tensor, m
 def bits_per_dim(log_p: Tensor, D: int) -> Tensor:
     """Bits for one 8-bit colour value, from the log-density (N,) of points in [0, 1)^D."""
     return 8 - log_p / (D * math.log(2))
+
+# %% ../../notebooks/01_gmm_em.ipynb #121867d602
+def mutual_information(u: Tensor, v: Tensor) -> float:
+    """Bits that the label u (N,) tells about the label v (N,), from their counts."""
+    counts = torch.zeros(int(u.max()) + 1, int(v.max()) + 1)
+    joint = counts.index_put_((u, v), torch.ones(len(u)), accumulate=True) / len(u)
+    independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    return torch.where(joint > 0, joint * (joint / independent).log2(), 0.0).sum().item()
