@@ -24,7 +24,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 
 PROFILES = {
     "smoke": "tiny sizes, for tests",
-    "laptop": "trains live for seconds, then loads the shipped checkpoint",
+    "laptop": "short trainings run live, long ones are loaded from shipped checkpoints",
     "gpu": "trains the full model from scratch",
 }
 MINUTES = {

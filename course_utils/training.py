@@ -8,11 +8,13 @@ Hugging Face `accelerate`; nothing in this file knows what is being trained.
 """
 
 import hashlib
+import inspect
 import io
 import math
 import os
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from course_utils import runtime
+from course_utils import pretrained, runtime
 
 Batch = Tensor | dict[str, Tensor] | tuple[Tensor, ...] | list[Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -37,7 +39,7 @@ LOG_EVERY = 10
 class Run:
     """A training run: what is learnt and how far it is.
 
-    `ema` holds the moving average of every learnt parameter under its name, `history` one row a step with its
+    `ema` holds the moving average of every learnt parameter under its name, `history` one row per step with its
     loss, the gradient's norm before clipping and the learning rate.
     """
 
@@ -62,6 +64,7 @@ class Objective(nn.Module):
 
 @lru_cache(maxsize=4)
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
+    # the prime is so large that no other seed and epoch give the same number
     return torch.randperm(rows, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
 
 
@@ -77,7 +80,7 @@ def batch_rows(step: int, batch_size: int, rows: int, seed: int, count: int = 1)
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to zero at the last step (Loshchilov and Hutter, 2017)."""
+    """Linear warm-up to `peak`, then half a cosine down towards zero (Loshchilov and Hutter, 2017)."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -86,6 +89,7 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], parameters: list[Tensor], step: int, decay: float) -> None:
     """Move the average towards `parameters`; a young average forgets faster, so that it does not keep the start."""
+    # ema += (1 - decay) * (weights - ema)
     torch._foreach_lerp_(list(ema.values()), parameters, 1 - min(decay, (1 + step) / (10 + step)))
 
 
@@ -116,7 +120,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def save_run(run: Run, folder: Path, settings: dict) -> None:
     """Write a checkpoint that is either whole or not there: sha256 first, then the state; keep it and the one before.
 
-    Those of later steps go as well: had one of them been whole, the run would have gone on from there.
+    Later checkpoints are deleted too: they are damaged, or the run would have resumed from them.
     """
     state = {
         "settings": settings,
@@ -145,7 +149,7 @@ def save_run(run: Run, folder: Path, settings: dict) -> None:
 def restore_run(run: Run, folder: Path, settings: dict) -> None:
     """Go on from the newest whole checkpoint in `folder`; a damaged one is named and passed over.
 
-    Raises ValueError where the folder holds a run with other settings.
+    Raises ValueError where the folder holds a run with other steps, batch_size, learning_rate, seed or rows of data.
     """
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         content = path.read_bytes()
@@ -171,7 +175,10 @@ def training_step(
     accelerator: Accelerator,
     clip: float,
 ) -> tuple[Tensor, Tensor]:
-    """One step down the mean loss of `parts`; returns loss and gradient norm, without waiting for them."""
+    """One step down the mean loss of `parts`.
+
+    Returns loss and gradient norm as tensors, so that a GPU need not be waited for.
+    """
     losses = []
     for part in parts:
         loss = objective(part) if len(parts) == 1 else objective(part) / len(parts)
@@ -242,13 +249,14 @@ def train(
     if folder is not None:
         restore_run(run, folder, settings)
     objective = accelerator.prepare(Objective(model, loss))
-    if accelerator.scaler is not None:  # only fp16 needs accelerate's own optimizer, which takes 0.1 ms a step
+    if accelerator.scaler is not None:  # only fp16 needs accelerate's own optimizer, which takes 0.1 ms per step
         optimizer = accelerator.prepare(optimizer)
 
     started, saved = time.monotonic() - run.seconds, time.monotonic()
     first, every = accelerator.process_index, accelerator.num_processes
     with tqdm(total=steps, initial=run.step, disable=not accelerator.is_main_process) as bar:
         while run.step < steps:
+            # the prime is so large that no other seed and step give the same number
             runtime.seed_all(1_000_003 * seed + run.step, accelerator.process_index)
             block, news = range(run.step, min(run.step + LOG_EVERY, steps)), []
             order = batch_rows(run.step, batch_size, len(data), seed, len(block))
@@ -278,3 +286,22 @@ def train(
                 save_run(run, folder, settings)
                 saved = time.monotonic()
     return run
+
+
+def fit(
+    here: runtime.Runtime, name: str, model: nn.Module, loss: Loss, data: Dataset, **sizes
+) -> tuple[nn.Module, dict]:
+    """A lesson's model in eval mode, with what a card says of its training: shipped, or trained here with `sizes`.
+
+    It is trained with a GPU, and where COURSE_RETRAIN=1 asks for it; else the checkpoint `name` is loaded. A run that
+    was stopped goes on; one whose model, loss or sizes were edited starts anew, for a hash of them names its folder.
+    """
+    if not (here.retrain or here.profile == "gpu"):
+        model, card = pretrained.load_checkpoint(name, model, here.device)
+        return model.eval().requires_grad_(False), card
+    recipe = f"{model!r}{inspect.getsource(loss)}{sizes}"
+    folder = runtime.cache_dir("runs") / f"{name}-{zlib.crc32(recipe.encode()):08x}"
+    run = train(model, loss, data, folder=folder, **sizes)
+    model.load_state_dict(model.state_dict() | run.ema)
+    about = {"steps": run.step, "seconds": run.seconds, "device": str(here.device), "seed": 0, "lesson": here.lesson}
+    return model.eval().requires_grad_(False), about

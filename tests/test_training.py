@@ -31,7 +31,7 @@ from training_job import (
     stop_at,
 )
 
-from course_utils import runtime
+from course_utils import pretrained, runtime
 from course_utils.evaluation import Judge
 from course_utils.training import (
     LOG_EVERY,
@@ -40,6 +40,7 @@ from course_utils.training import (
     averaged,
     batch_rows,
     epoch_order,
+    fit,
     learning_rate_at,
     to_device,
     train,
@@ -579,3 +580,32 @@ def test_a_callback_that_samples_and_draws_changes_nothing(whole: dict):
         random.random(), np.random.rand()
 
     assert differing(final(noisy_run(callbacks=(sample,))), whole) == []
+
+
+# ------------------------------------------------------------------------------------- a lesson's model
+
+
+def test_fit_loads_what_is_shipped_or_trains_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pretrained.load_checkpoint, "__defaults__", (None, "cpu", tmp_path))
+    runs, cpu = tmp_path / "cache" / "runs", torch.device("cpu")
+    training_here, loading_here = (runtime.Runtime("lesson", "laptop", cpu, retrain) for retrain in (True, False))
+
+    def fitted(loss) -> tuple[nn.Module, dict]:
+        return fit(training_here, "tiny", small_model(), loss, Points(augment=False), **SIZE)
+
+    trained, about = fitted(plain_loss)
+    assert about["steps"] == SIZE["steps"] and not trained.training
+    again, card = fitted(plain_loss)
+    assert card["seconds"] == about["seconds"] and len(list(runs.iterdir())) == 1  # it was not trained anew
+    fitted(noisy_loss)
+    assert len(list(runs.iterdir())) == 2  # another loss does not go on with the old run
+
+    facts = {"lesson": "lesson", "config": {}, "steps": 60, "seconds": 1.0, "device": "cpu", "seed": 0, "metrics": {}}
+    pretrained.save_checkpoint("tiny", trained, **facts, dtype=None, folder=tmp_path)
+    loaded, card = fit(loading_here, "tiny", small_model(), plain_loss, Points())
+    assert card["steps"] == 60 and not any(parameter.requires_grad for parameter in loaded.parameters())
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
