@@ -102,7 +102,7 @@ def features(x: Tensor) -> Tensor:
 
 
 def natural_parameters(pi: Tensor, mu: Tensor, Sigma: Tensor) -> Tensor:
-    """theta (K, F) such that log p(x, z = k) = theta_k . phi(x)."""
+    """eta (K, F) such that log p(x, z = k) = eta_k . phi(x)."""
     L = torch.linalg.cholesky(Sigma)
     P = torch.cholesky_inverse(L)
     P_mu = (P @ mu[:, :, None])[:, :, 0]
@@ -132,9 +132,9 @@ def fast_em_step(
     pi: Tensor, mu: Tensor, Sigma: Tensor, chunks: list[Tensor], floor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One E and M step over chunks of features (F, n); returns pi, mu, Sigma and the mean log p(x) before it."""
-    theta, sums, total = natural_parameters(pi, mu, Sigma), 0, 0
+    eta, sums, total = natural_parameters(pi, mu, Sigma), 0, 0
     for phi in chunks:
-        r, log_px = responsibilities((theta @ phi).T)
+        r, log_px = responsibilities((eta @ phi).T)
         sums, total = sums + r.T @ phi.T, total + log_px.sum()
     return *m_step_from_sums(sums, mu.shape[1], floor), total / sum(phi.shape[1] for phi in chunks)
 
