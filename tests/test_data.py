@@ -29,7 +29,7 @@ CATEGORIES = {
     "symbols": 219,
     "flags": 8,
 }
-CACHED = (data.concepts, data.categories, data.all_drawings, data.split_of)
+CACHED = (data.concepts, data.categories, data.all_drawings, data.split_of, data.lexicon)
 
 
 def rows(split: str) -> list[int]:
@@ -313,7 +313,9 @@ READERS = {
     "emoji/concepts.csv": concepts,
     "emoji/split.csv": lambda: drawings("pairs"),
     "reviews/reviews.csv": data.reviews,
+    "reviews/lexicon.csv": data.lexicon,
     "sentences/sentences.csv": data.sentences,
+    "sentences/tokenizer.json": data.tokenizer,
     "penguins/penguins.csv": data.penguins,
 }
 

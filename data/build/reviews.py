@@ -2,7 +2,8 @@
 
     python data/build/reviews.py
 
-Writes `data/reviews/reviews.csv`, byte for byte the same each time, and prints what was dropped and why.
+Writes `data/reviews/reviews.csv` and, from the same package, `data/reviews/lexicon.csv`: words with their mean human
+rating. Both are byte for byte the same each time. Prints what was dropped and why.
 """
 
 import codecs
@@ -140,8 +141,16 @@ def snippets() -> Iterator[tuple[str, str, str, str]]:
             yield from ((source, *line.split("\t")) for line in lines if line)
 
 
+def rated_words() -> list[dict[str, str]]:
+    """VADER's lexicon without emoticons, digits and what is offensive; of a word given twice, the last counts."""
+    path = fetch("vaderSentiment") / "vaderSentiment" / "vader_lexicon.txt"
+    ratings = dict(line.split("\t")[:2] for line in path.read_text("utf-8").splitlines())
+    plain = {word: rating for word, rating in ratings.items() if re.fullmatch(r"[a-z]{2,}(?:['-][a-z]+)*", word)}
+    return [{"word": word, "rating": rating} for word, rating in plain.items() if not OFFENSIVE.search(word)]
+
+
 def build(folder: Path) -> None:
-    """Write `reviews.csv` into `folder`: text, rating in [-4, 4], source, split."""
+    """Write `reviews.csv` (text, rating in [-4, 4], source, split) and `lexicon.csv` (word, rating) into `folder`."""
     rows, seen, dropped = [], set(), Counter()
     for source, identifier, rating, raw in snippets():
         text = tidy(raw, source)
@@ -154,6 +163,7 @@ def build(folder: Path) -> None:
         mean = round(float(rating), 4) + 0.0
         rows.append({"text": text, "rating": str(mean), "source": source, "split": split_of(group)})
     write_csv(folder / "reviews.csv", rows)
+    write_csv(folder / "lexicon.csv", rated_words())
     for (source, problem), count in sorted(dropped.items()):
         print(f"dropped {count:5,} {source}: {problem}")
     for (source, split), count in sorted(Counter((row["source"], row["split"]) for row in rows).items()):
