@@ -13,7 +13,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from course_utils import pretrained
+from course_utils import pretrained, runtime
 from course_utils.data import DATA, Drawings
 
 
@@ -146,6 +146,67 @@ def kid_lite0(real: Tensor, made: Tensor) -> float:
     metric.update(real[spread], real=True)
     metric.update(made[:size], real=False)
     return metric.compute()[0].item()
+
+
+class TextJudge(nn.Module):
+    """Reads texts with the frozen SmolLM2: how positive they are, and how likely it finds them.
+
+    Positive or negative is told by a logistic regression on the states of one layer: their mean over the text, and the
+    last of them, which has seen all of it. `data/build/sentiment.py` trains it, on reviews that no other model sees.
+    """
+
+    LAYER = 22
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model, self.tokenizer = pretrained.load_llm()
+        self.head = nn.Linear(2 * 576, 1)
+
+    @torch.no_grad()
+    def read(self, texts: list[str], batch_size: int = 32) -> dict[str, Tensor]:
+        """features (N, 1152); nats, by which -log p(text) is meant, (N,); tokens, how many it has, (N,).
+
+        Raises ValueError for an empty list or text.
+        """
+        if not texts or not all(text.strip() for text in texts):
+            raise ValueError("The judge reads a list of texts of at least one word: leave out the empty ones.")
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths: little padding
+        parts = []
+        for rows in torch.tensor(order).split(batch_size):
+            batch = [self.tokenizer.unk_token + texts[i] for i in rows.tolist()]  # <|endoftext|> opens a document
+            tokens = self.tokenizer(batch, padding=True, return_tensors="pt").to(self.language_model.device)
+            device = self.language_model.device
+            with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision(device) == "bf16"):
+                out = self.language_model(**tokens, output_hidden_states=True)
+            real = tokens["attention_mask"][:, 1:].float()
+            states, logits = out.hidden_states[self.LAYER][:, 1:].float(), out.logits[:, :-1].float()
+            nats = F.cross_entropy(logits.transpose(1, 2), tokens["input_ids"][:, 1:], reduction="none") * real
+            length = real.sum(1)
+            mean = (states * real[..., None]).sum(1) / length[:, None]
+            last = states[torch.arange(len(rows)), length.long() - 1]
+            parts.append((torch.cat([mean, last], 1), nats.sum(1), length))
+        back = torch.tensor(order).argsort()
+        features, nats, length = (torch.cat(part).cpu()[back] for part in zip(*parts, strict=True))
+        return {"features": features, "nats": nats, "tokens": length}
+
+    def forward(self, texts: list[str]) -> dict[str, Tensor]:
+        """positive: the probability that a text is a positive review, (N,); nats and tokens as `read` gives them."""
+        found = self.read(texts)
+        with torch.no_grad():
+            found["positive"] = self.head(found.pop("features").to(self.head.weight.device)).sigmoid()[:, 0].cpu()
+        return found
+
+
+def load_text_judge() -> tuple[TextJudge, dict[str, Any]]:
+    """The judge of sentiment, frozen and in eval mode, and its card with its accuracy on unseen reviews."""
+    judge = TextJudge()
+    _, card = pretrained.load_checkpoint("sentiment", judge.head)
+    return judge.eval().requires_grad_(False), card
+
+
+def perplexity(nats: Tensor, tokens: Tensor) -> float:
+    """exp of the nats per token over all texts, from (N,) each."""
+    return (nats.sum() / tokens.sum()).exp().item()
 
 
 def publish(name: str, tensors: nn.Module | dict[str, Tensor], **card: Any) -> Path:

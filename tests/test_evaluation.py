@@ -122,3 +122,47 @@ def test_publish_rewrites_the_scoreboard(monkeypatch, tmp_path) -> None:
         ("first", 6, 20.0),
         ("second", 6, 20.0),
     ]
+
+
+# ------------------------------------------------------------------------------------------- the judge of sentiment
+
+
+@pytest.fixture(scope="module")
+def text_judge() -> tuple[evaluation.TextJudge, dict]:
+    return evaluation.load_text_judge()
+
+
+def test_the_card_tells_what_the_text_judge_does(text_judge: tuple) -> None:
+    judge, card = text_judge
+    reviews = data.reviews("test")
+    rows = [i for i in range(len(reviews)) if reviews.ratings[i].abs() >= 1][::8]
+    right = (judge([reviews.texts[i] for i in rows])["positive"] > 0.5) == (reviews.ratings[rows] > 0)
+    error = (0.1 * 0.9 / len(rows)) ** 0.5
+    assert right.float().mean().item() == pytest.approx(card["metrics"]["test/accuracy"], abs=3 * error)
+
+
+def test_the_text_judge_reads_each_text_by_itself(text_judge: tuple) -> None:
+    texts = ["A warm, funny film.", "Dreadful.", "The battery dies after an hour, and nobody at the shop cares at all."]
+    together = text_judge[0](texts)
+    for row, text in enumerate(texts):
+        for name, value in text_judge[0]([text]).items():
+            assert value[0].item() == pytest.approx(together[name][row].item(), abs=0.25, rel=0.03), name
+    assert together["positive"][0] > 0.5 > together["positive"][1]
+
+
+def test_its_nats_are_the_language_models_own_loss(text_judge: tuple) -> None:
+    text = "The old man walked slowly down the street."
+    model, tokenizer = text_judge[0].language_model, text_judge[0].tokenizer
+    tokens = torch.tensor([tokenizer(tokenizer.unk_token + text)["input_ids"]])
+    loss = model(input_ids=tokens, labels=tokens).loss.item()
+    found = text_judge[0]([text])
+    assert found["tokens"].item() == tokens.shape[1] - 1
+    assert evaluation.perplexity(found["nats"], found["tokens"]) == pytest.approx(
+        torch.tensor(loss).exp().item(), rel=0.05
+    )
+
+
+@pytest.mark.parametrize("texts", [[], ["fine", " "]])
+def test_the_text_judge_refuses_what_it_cannot_read(text_judge: tuple, texts: list[str]) -> None:
+    with pytest.raises(ValueError, match="at least one word"):
+        text_judge[0](texts)
