@@ -171,11 +171,10 @@ class TextJudge(nn.Module):
         if not texts or not all(text.strip() for text in texts):
             raise ValueError("The judge reads a list of texts of at least one word: leave out the empty ones.")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths: little padding
-        parts = []
+        device, parts = self.language_model.device, []
         for rows in torch.tensor(order).split(batch_size):
             batch = [self.tokenizer.unk_token + texts[i] for i in rows.tolist()]  # <|endoftext|> opens a document
-            tokens = self.tokenizer(batch, padding=True, return_tensors="pt").to(self.language_model.device)
-            device = self.language_model.device
+            tokens = self.tokenizer(batch, padding=True, return_tensors="pt").to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision(device) == "bf16"):
                 out = self.language_model(**tokens, output_hidden_states=True)
             real = tokens["attention_mask"][:, 1:].float()
@@ -189,11 +188,11 @@ class TextJudge(nn.Module):
         features, nats, length = (torch.cat(part).cpu()[back] for part in zip(*parts, strict=True))
         return {"features": features, "nats": nats, "tokens": length}
 
+    @torch.no_grad()
     def forward(self, texts: list[str]) -> dict[str, Tensor]:
         """positive: the probability that a text is a positive review, (N,); nats and tokens as `read` gives them."""
         found = self.read(texts)
-        with torch.no_grad():
-            found["positive"] = self.head(found.pop("features").to(self.head.weight.device)).sigmoid()[:, 0].cpu()
+        found["positive"] = self.head(found.pop("features").to(self.head.weight.device)).sigmoid()[:, 0].cpu()
         return found
 
 
