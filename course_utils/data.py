@@ -147,6 +147,17 @@ def drawings(split: str = "train") -> Drawings:
     return all_drawings().select(torch.from_numpy(np.isin(split_of(), parts)))
 
 
+@cache
+def fifth_style() -> Drawings:
+    """1,035 of the concepts as EmojiTwo draws them, to test with, never to learn from; their style is 4."""
+    place = {name: index for index, name in enumerate(concepts()["name"])}
+    names = pd.read_csv(verified("emojitwo/concepts.csv"))["name"]
+    concept = torch.tensor([place[name] for name in names])
+    images = read_atlas(verified("emojitwo/drawings.png"), len(names))
+    category = all_drawings().category[len(STYLES) * concept]
+    return Drawings(images, concept, torch.full_like(concept, len(STYLES)), category)
+
+
 def emoji(name: str, style: str = "3d") -> Tensor:
     """One drawing by its concept's name, (3, 64, 64) float in [0, 1]: `emoji("beaver", style="flat")`."""
     names = concepts()["name"].tolist()
@@ -180,6 +191,12 @@ def lexicon() -> dict[str, float]:
     """VADER's words, in lower case, with their mean human rating in [-4, 4]: {"awful": -2.0, ...}."""
     table = pd.read_csv(verified("reviews/lexicon.csv"), keep_default_na=False)
     return dict(zip(table["word"], table["rating"], strict=True))
+
+
+@cache
+def faces() -> pd.DataFrame:
+    """51 of the drawn faces by name, their valence (above 1 friendly, below -1 not), and split, as for the reviews."""
+    return pd.read_csv(verified("reviews/faces.csv"))
 
 
 def sentences(split: str = "train") -> Texts:

@@ -12,9 +12,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 
-from course_utils.data import ATLAS_COLUMNS, SIZE, STYLES, concepts
+from course_utils.data import ATLAS_COLUMNS, SIZE, STYLES, all_drawings, concepts, drawings, fifth_style
 from course_utils.runtime import ROOT, sha256
 
 FOLDER = ROOT / "data" / "emoji"
@@ -103,6 +104,34 @@ def test_build_writes_the_committed_bytes(script: ModuleType, tmp_path: Path) ->
         f"{', '.join(repacked)}: every pixel is right, but this Pillow's zlib ({features.version('zlib')}) "
         "packs them into other bytes; keep the committed files"
     )
+
+
+def test_the_fifth_style_renders_to_the_committed_pixels(script: ModuleType) -> None:
+    try:
+        style = json.loads((script.fetch("@iconify-json/emojione") / "icons.json").read_text())
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"the package is not cached and cannot be fetched: {str(error).splitlines()[0]}")
+    part, table = fifth_style(), concepts()
+    assert len(part) == sum(icon in style["icons"] for icon in table["icon"]) == len(part.concept.unique())
+    for row in range(0, len(part), 20):
+        icon = table["icon"][int(part.concept[row])]
+        drawn = np.array(script.render(style["icons"][icon], (style["width"], style["height"])))
+        assert np.array_equal(drawn, part.images[row].permute(1, 2, 0).numpy()), icon
+
+
+def test_the_fifth_style_is_described_and_like_no_other() -> None:
+    folder = FOLDER.parent / "emojitwo"
+    datasheet = (folder / "README.md").read_text(encoding="utf-8")
+    for name in ("drawings.png", "concepts.csv"):
+        assert f"| `{name}` | `{sha256(folder / name)}` |" in datasheet
+        assert f"{(folder / name).stat().st_size:,} bytes" in datasheet
+    assert (folder / "LICENSE").read_text().startswith("EmojiTwo graphics")
+    part, every = fifth_style(), all_drawings()
+    known = {image.numpy().tobytes() for image in every.images}
+    assert not [row for row in range(len(part)) if part.images[row].numpy().tobytes() in known]
+    held_out = drawings("concepts").concept.unique()
+    assert f"{int(torch.isin(part.concept, held_out).sum())} of the 100 held-out concepts" in datasheet
+    assert part[torch.tensor([0])]["style"].item() == 4 and f"{len(part):,} of the course's" in datasheet
 
 
 def test_files_are_as_the_datasheet_says() -> None:

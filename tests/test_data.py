@@ -29,7 +29,7 @@ CATEGORIES = {
     "symbols": 219,
     "flags": 8,
 }
-CACHED = (data.concepts, data.categories, data.all_drawings, data.split_of, data.lexicon)
+CACHED = (data.concepts, data.categories, data.all_drawings, data.split_of, data.lexicon, data.faces, data.fifth_style)
 
 
 def rows(split: str) -> list[int]:
@@ -296,7 +296,7 @@ def test_augment_computes_where_the_pictures_are() -> None:
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the data folder that may be spoilt, with nothing loaded."""
-    for name in ("emoji", "reviews", "sentences", "penguins"):
+    for name in ("emoji", "emojitwo", "reviews", "sentences", "penguins"):
         shutil.copytree(data.DATA / name, tmp_path / name)
     shutil.copy(data.DATA / "SHA256SUMS", tmp_path)
     monkeypatch.setattr(data, "DATA", tmp_path)
@@ -312,8 +312,11 @@ READERS = {
     "emoji/noto.png": lambda: emoji("beaver"),
     "emoji/concepts.csv": concepts,
     "emoji/split.csv": lambda: drawings("pairs"),
+    "emojitwo/drawings.png": data.fifth_style,
+    "emojitwo/concepts.csv": data.fifth_style,
     "reviews/reviews.csv": data.reviews,
     "reviews/lexicon.csv": data.lexicon,
+    "reviews/faces.csv": data.faces,
     "sentences/sentences.csv": data.sentences,
     "sentences/tokenizer.json": data.tokenizer,
     "penguins/penguins.csv": data.penguins,

