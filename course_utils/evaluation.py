@@ -119,6 +119,19 @@ def judge_accuracy(judge: nn.Module, drawings: Drawings, batch_size: int = 200) 
     return judge_pictures(judge, batch["image"], batch, batch_size)
 
 
+def recall(scores: Tensor, right: Tensor, k: int) -> float:
+    """Share of the queries with a right answer among their k best (recall@k).
+
+    scores (Q, A), and right (Q, A) bool, in whose rows at least one is True. Raises ValueError for a k below 1 or above
+    the number of answers, and for a query without a right answer.
+    """
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"k={k} is not one of 1 to {scores.shape[1]}, the number of answers to choose from.")
+    if not right.any(1).all():
+        raise ValueError(f"Query {int((~right.any(1)).nonzero()[0])} has no right answer: leave such queries out.")
+    return right.gather(1, scores.topk(k, dim=1).indices).any(1).float().mean().item()
+
+
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image (N, 3, H, W) in [0, 1] against its truth, in dB, (N,)."""
     return -10 * (images.clamp(0, 1) - truth).square().flatten(1).mean(1).log10()

@@ -303,6 +303,17 @@ def load_minilm() -> SentenceEncoder:
     return encoder.eval().requires_grad_(False)
 
 
+def cached_features(encoder: SentenceEncoder, texts: list[str]) -> Tensor:
+    """`encoder.encode(texts)`, kept in the user's cache: a frozen encoder says the same thing every time."""
+    key = hashlib.sha256(json.dumps([WHEELS["minilm"], texts]).encode()).hexdigest()[:16]
+
+    def build(folder: Path) -> None:
+        (folder / "features.safetensors").write_bytes(save({"features": encoder.encode(texts).cpu()}))
+
+    folder = _build_once(cache_dir("features") / key, build)
+    return load_file(folder / "features.safetensors")["features"]
+
+
 class Lite0(Frozen):
     """EfficientNet-Lite0, trained on ImageNet, up to its pooled features."""
 
