@@ -38,9 +38,9 @@ models: setup
 	$(BIN)/python tests/export_models.py course_utils/models
 
 data: setup
-	cd data/build && for set in emoji reviews sentences penguins tokenizer; do ../../$(BIN)/python $$set.py || exit 1; done
+	cd data/build && for set in emoji emojitwo reviews sentences penguins tokenizer; do ../../$(BIN)/python $$set.py || exit 1; done
 
 retrain: setup
 	$(BIN)/python data/build/judge.py
 	$(BIN)/python data/build/sentiment.py
-	COURSE_RETRAIN=1 $(BIN)/python tests/run_lessons.py 00_start_here 01_gmm_em 02_vae_elbo 03_text_vae_and_style
+	COURSE_RETRAIN=1 $(BIN)/python tests/run_lessons.py 00_start_here 01_gmm_em 02_vae_elbo 03_text_vae_and_style 04_multimodal_representations

@@ -32,6 +32,7 @@ MINUTES = {
     "01_gmm_em": {"smoke": 1, "laptop": 2, "gpu": 1},
     "02_vae_elbo": {"smoke": 1, "laptop": 3, "gpu": 10},
     "03_text_vae_and_style": {"smoke": 1, "laptop": 3, "gpu": 15},
+    "04_multimodal_representations": {"smoke": 1, "laptop": 3, "gpu": 20},
 }
 
 
