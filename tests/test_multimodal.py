@@ -212,27 +212,28 @@ def test_an_unknown_fusion_is_refused() -> None:
 # ----------------------------------------------------------------------------------------------- what is shipped
 
 
-def names_of(model: CLIP, minilm: pretrained.SentenceEncoder, rows: list[int]) -> Tensor:
-    phrases = data.concepts()["phrase"].tolist()
-    return model.encode_text(minilm.encode([phrases[row] for row in rows]))
+@pytest.fixture(scope="module")
+def features(minilm: pretrained.SentenceEncoder) -> Tensor:
+    """MiniLM's embeddings of all names, (1563, 384)."""
+    return pretrained.cached_features(minilm, data.concepts()["phrase"].tolist())
 
 
 def seen_by(model: CLIP, part: Drawings) -> Tensor:
     return torch.cat([model.encode_image(part[rows]["image"]) for rows in torch.arange(len(part)).split(100)])
 
 
-def test_clip_finds_what_its_card_says(shipped: tuple, minilm: pretrained.SentenceEncoder) -> None:
+def test_clip_finds_what_its_card_says(shipped: tuple, features: Tensor) -> None:
     model, card = shipped
     for split in ("pairs", "concepts"):
         part = data.drawings(split)
         among = torch.arange(1563) if split == "pairs" else part.concept.unique()
-        scores = seen_by(model, part) @ names_of(model, minilm, among.tolist()).T
+        scores = seen_by(model, part) @ model.encode_text(features[among]).T
         for k in (1, 5):
             found = evaluation.recall(scores, part.concept[:, None] == among, k)
             assert found == pytest.approx(card["metrics"][f"{split}/recall@{k}"], abs=0.01)
 
 
-def test_the_sarcasm_reader_needs_both(shipped: tuple, minilm: pretrained.SentenceEncoder) -> None:
+def test_the_sarcasm_reader_needs_both(shipped: tuple, features: Tensor) -> None:
     """On test sentences with test faces, anew; and the card says what one modality alone can do."""
     eyes, _ = shipped
     reader, card = pretrained.load_checkpoint("sarcasm", MultimodalTransformer())
@@ -247,7 +248,6 @@ def test_the_sarcasm_reader_needs_both(shipped: tuple, minilm: pretrained.Senten
     with torch.no_grad():
         words = llm.model(**tokens)[0]
         images = torch.stack([data.emoji(name, "noto") for name in rated["name"]])
-        features = minilm.encode(data.concepts()["phrase"].tolist())
         called = eyes.logits(eyes.encode_image(images), eyes.encode_text(features)).softmax(1) @ features
         seen = torch.cat([eyes.tokens(images), called[:, None].expand(-1, 16, -1)], 2)
         logits = torch.stack([reader.eval()(words, there, face.expand(len(words), -1, -1))[0] for face in seen], 1)

@@ -153,8 +153,8 @@ def rated_words() -> list[dict[str, str]]:
     return [{"word": word, "rating": rating} for word, rating in plain.items() if not OFFENSIVE.search(word)]
 
 
-def rated_faces() -> list[dict[str, str]]:
-    """Our faces with the sum of the ratings in VADER's description of the emoji, where that is beyond +-1.
+def rated_faces(lexicon: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Our faces with the sum of the lexicon's ratings in VADER's description of the emoji, where that is beyond +-1.
 
     "hand" is rated like a helping hand, but where a face covers its mouth it is only a hand. Of each sign every fourth
     face is for the test, every eighth for validation.
@@ -162,7 +162,7 @@ def rated_faces() -> list[dict[str, str]]:
     source = fetch("vaderSentiment") / "vaderSentiment" / "emoji_utf8_lexicon.txt"
     lines = [line.split("\t")[:2] for line in source.read_text("utf-8").splitlines()]
     described = {emoji.removesuffix("\ufe0f"): description for emoji, description in lines}
-    ratings = {row["word"]: float(row["rating"]) for row in rated_words() if row["word"] != "hand"}
+    ratings = {row["word"]: float(row["rating"]) for row in lexicon if row["word"] != "hand"}
     rows, counts = [], Counter()
     for concept in concepts().itertuples():
         words = re.findall(r"[a-z'-]+", described.get(concept.emoji.removesuffix("\ufe0f"), "").lower())
@@ -189,8 +189,9 @@ def build(folder: Path) -> None:
         mean = round(float(rating), 4) + 0.0
         rows.append({"text": text, "rating": str(mean), "source": source, "split": split_of(group)})
     write_csv(folder / "reviews.csv", rows)
-    write_csv(folder / "lexicon.csv", rated_words())
-    write_csv(folder / "faces.csv", rated_faces())
+    lexicon = rated_words()
+    write_csv(folder / "lexicon.csv", lexicon)
+    write_csv(folder / "faces.csv", rated_faces(lexicon))
     for (source, problem), count in sorted(dropped.items()):
         print(f"dropped {count:5,} {source}: {problem}")
     for (source, split), count in sorted(Counter((row["source"], row["split"]) for row in rows).items()):
