@@ -195,7 +195,7 @@ def lexicon() -> dict[str, float]:
 
 @cache
 def faces() -> pd.DataFrame:
-    """51 of the drawn faces by name, their valence (above 1 friendly, below -1 not), and split, as for the reviews."""
+    """52 of the drawn faces by name, their valence (above 1 friendly, below -1 not), and split, as for the reviews."""
     return pd.read_csv(verified("reviews/faces.csv"))
 
 

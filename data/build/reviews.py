@@ -3,7 +3,7 @@
     python data/build/reviews.py
 
 Writes `data/reviews/reviews.csv` and, from the same package, `data/reviews/lexicon.csv`: words with their mean human
-rating, and `data/reviews/faces.csv`: the drawn faces whose description holds such words. All are byte for byte the same
+rating, and `data/reviews/faces.csv`: the drawn faces that such words describe. All are byte for byte the same
 each time. Prints what was dropped and why.
 """
 
@@ -24,6 +24,7 @@ from course_utils.data import concepts
 SOURCES = {"film": "movieReviewSnippets_GroundTruth.txt", "product": "amazonReviewSnippets_GroundTruth.txt"}
 MAX_WORDS = 60
 FACE = re.compile(r"face-(?!costume)|cat-face")
+LECTURE = "face with rolling eyes"  # no word of its description is rated, but of its keywords "ugh" is
 
 # Slurs, obscenities and sexual violence, in rot13: nobody needs to read them here.
 _WORDS = codecs.decode(
@@ -157,7 +158,8 @@ def rated_faces(lexicon: list[dict[str, str]]) -> list[dict[str, str]]:
     """Our faces with the sum of the lexicon's ratings in VADER's description of the emoji, where that is beyond +-1.
 
     "hand" is rated like a helping hand, but where a face covers its mouth it is only a hand. Of each sign every fourth
-    face is for the test, every eighth for validation.
+    face is for the test, every eighth for validation. The lecture's own face is rated by its keywords, and to learn
+    from.
     """
     source = fetch("vaderSentiment") / "vaderSentiment" / "emoji_utf8_lexicon.txt"
     lines = [line.split("\t")[:2] for line in source.read_text("utf-8").splitlines()]
@@ -165,9 +167,12 @@ def rated_faces(lexicon: list[dict[str, str]]) -> list[dict[str, str]]:
     ratings = {row["word"]: float(row["rating"]) for row in lexicon if row["word"] != "hand"}
     rows, counts = [], Counter()
     for concept in concepts().itertuples():
-        words = re.findall(r"[a-z'-]+", described.get(concept.emoji.removesuffix("\ufe0f"), "").lower())
+        description = described.get(concept.emoji.removesuffix("\ufe0f"), "")
+        words = re.findall(r"[a-z'-]+", (concept.keywords if concept.name == LECTURE else description).lower())
         valence = sum(ratings.get(word, 0) for word in words)
-        if FACE.match(concept.subcategory) and abs(valence) > 1:
+        if concept.name == LECTURE:
+            rows.append({"name": concept.name, "valence": f"{valence:.1f}", "split": "train"})
+        elif FACE.match(concept.subcategory) and abs(valence) > 1:
             place = counts[valence > 0] % 8
             counts[valence > 0] += 1
             split = {1: "test", 5: "test", 3: "validation"}.get(place, "train")
