@@ -14,7 +14,7 @@ from course_utils.data import Drawings
 from course_utils.models.multimodal import CLIP, FUSIONS, CrossAttention, MultimodalTransformer, clip_loss, siglip_loss
 from course_utils.training import train
 
-SMALL = {"widths": (8, 12, 16), "depths": (1, 1, 1)}
+SMALL = {"widths": (6, 8, 12, 16), "depths": (1, 1, 1)}
 
 
 @pytest.fixture
@@ -90,6 +90,14 @@ def test_a_drawing_of_the_same_concept_is_no_wrong_answer() -> None:
     assert clip_loss(torn, same) > 5 and clip_loss(torn, torch.eye(4, dtype=torch.bool)) < 1e-4
 
 
+def test_a_drawing_made_of_two_is_called_both_to_its_shares() -> None:
+    torch.manual_seed(0)
+    logits, shares = torch.randn(3, 3), torch.tensor([[0.75, 0.25, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    of_drawing = sum(F.cross_entropy(logits[i], shares[i]) for i in range(3)) / 3
+    of_words = sum(F.cross_entropy(logits[:, j], shares[:, j] / shares[:, j].sum()) for j in range(3)) / 3
+    torch.testing.assert_close(clip_loss(logits, shares), (of_drawing + of_words) / 2)
+
+
 def test_chance_costs_log_n_and_one_drawing_is_no_quiz() -> None:
     assert clip_loss(torch.zeros(7, 7), torch.eye(7, dtype=torch.bool)) == pytest.approx(math.log(7))
     with pytest.raises(ValueError, match="batch of 1 has nothing to confuse"):
@@ -111,7 +119,9 @@ def test_no_drawing_sees_another_and_all_vectors_have_length_one(small: CLIP) ->
 def test_a_patch_token_joins_its_cell_and_its_quarter(small: CLIP) -> None:
     images = torch.rand(2, 3, 64, 64)
     middle, last = small.eyes(images)
-    tokens = small.tokens(images).unflatten(1, (4, 4))
+    tokens, place = small.see(images)
+    assert torch.equal(tokens, small.tokens(images)) and torch.equal(place, small.encode_image(images))
+    tokens = tokens.unflatten(1, (4, 4))
     assert tokens.shape == (2, 4, 4, 12 + 16)
     for row, column in ((0, 0), (1, 3), (3, 2)):
         expected = torch.cat([middle[:, :, row, column], last[:, :, row // 2, column // 2]], 1)
@@ -214,8 +224,9 @@ def test_an_unknown_fusion_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def features(minilm: pretrained.SentenceEncoder) -> Tensor:
-    """MiniLM's embeddings of all names, (1563, 384)."""
-    return pretrained.cached_features(minilm, data.concepts()["phrase"].tolist())
+    """MiniLM's embeddings of all names and of all keywords, (2, 1563, 384)."""
+    keywords = data.concepts()["keywords"].str.replace("|", ", ").tolist()
+    return pretrained.cached_features(minilm, data.concepts()["phrase"].tolist() + keywords).unflatten(0, (2, -1))
 
 
 def seen_by(model: CLIP, part: Drawings) -> Tensor:
@@ -227,7 +238,7 @@ def test_clip_finds_what_its_card_says(shipped: tuple, features: Tensor) -> None
     for split in ("pairs", "concepts"):
         part = data.drawings(split)
         among = torch.arange(1563) if split == "pairs" else part.concept.unique()
-        scores = seen_by(model, part) @ model.encode_text(features[among]).T
+        scores = seen_by(model, part) @ model.encode_text(features[0, among]).T
         for k in (1, 5):
             found = evaluation.recall(scores, part.concept[:, None] == among, k)
             assert found == pytest.approx(card["metrics"][f"{split}/recall@{k}"], abs=0.01)
@@ -248,8 +259,9 @@ def test_the_sarcasm_reader_needs_both(shipped: tuple, features: Tensor) -> None
     with torch.no_grad():
         words = llm.model(**tokens)[0]
         images = torch.stack([data.emoji(name, "noto") for name in rated["name"]])
-        called = eyes.logits(eyes.encode_image(images), eyes.encode_text(features)).softmax(1) @ features
-        seen = torch.cat([eyes.tokens(images), called[:, None].expand(-1, 16, -1)], 2)
+        tokens, place = eyes.see(images)
+        called = eyes.logits(place, eyes.encode_text(features[0])).softmax(1) @ features.mean(0)
+        seen = torch.cat([tokens, called[:, None].expand(-1, 16, -1)], 2)
         logits = torch.stack([reader.eval()(words, there, face.expand(len(words), -1, -1))[0] for face in seen], 1)
     truth = (reviews.ratings[clear] > 0)[:, None] != torch.tensor(rated["valence"].to_numpy() > 0)
     right = ((logits > 0) == truth).float().mean().item()

@@ -35,7 +35,7 @@ def objective(model: CLIP, batch: dict[str, Tensor], words: Tensor) -> Tensor:
 
 class PlainTower(ImageTower):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        middle = self.middle(self.patches(2 * images - 1))
+        middle = self.middle(2 * images - 1)
         return middle, self.last(middle)
 
 
