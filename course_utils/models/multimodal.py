@@ -114,10 +114,9 @@ class ImageTower(nn.Module):
 class CLIP(nn.Module):
     """Drawings and words in one space (Radford et al., 2021). The course's eyes: from here on they are frozen.
 
-    `tokens(images)` is what a transformer looks at; `encode_image(images)` and `encode_text(features)`, each (B, d) and
-    of length one, are compared with each other; `see(images)` is tokens and vector from one look. Images are
-    (B, 3, 64, 64) in [0, 1], features are MiniLM's embeddings (B, 384) of the words, of which `centre` (384,) is the
-    middle. `log_scale` is log tau. All raise ValueError for other shapes and for empty batches.
+    `see(images)` gives `tokens(images)`, what a transformer looks at, and `encode_image(images)`, (B, d) of length one,
+    comparable with `encode_text(features)`. Images (B, 3, 64, 64) lie in [0, 1]; features (B, 384) are MiniLM's, with
+    the mean `centre`; tau is exp(`log_scale`). All raise ValueError for other shapes and for empty batches.
     """
 
     def __init__(self, d: int = 256, dropout: float = 0.1, centre: Tensor | None = None, **tower):
@@ -145,8 +144,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, features: Tensor) -> Tensor:
         if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[1] != 384 or not len(features):
-            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"Words come as MiniLM's embeddings (B, 384) with B at least 1, not {found}.")
+            raise ValueError(f"Give MiniLM's embeddings (B, 384), B > 0, not {getattr(features, 'shape', features)}.")
         return F.normalize(self.words(features - self.centre).float(), dim=1)
 
     def logits(self, image: Tensor, words: Tensor) -> Tensor:
