@@ -170,12 +170,11 @@ def rated_faces(lexicon: list[dict[str, str]]) -> list[dict[str, str]]:
         description = described.get(concept.emoji.removesuffix("\ufe0f"), "")
         words = re.findall(r"[a-z'-]+", (concept.keywords if concept.name == LECTURE else description).lower())
         valence = sum(ratings.get(word, 0) for word in words)
-        if concept.name == LECTURE:
-            rows.append({"name": concept.name, "valence": f"{valence:.1f}", "split": "train"})
-        elif FACE.match(concept.subcategory) and abs(valence) > 1:
-            place = counts[valence > 0] % 8
-            counts[valence > 0] += 1
-            split = {1: "test", 5: "test", 3: "validation"}.get(place, "train")
+        if FACE.match(concept.subcategory) and abs(valence) > 1:
+            split = "train"
+            if concept.name != LECTURE:
+                split = {1: "test", 5: "test", 3: "validation"}.get(counts[valence > 0] % 8, "train")
+                counts[valence > 0] += 1
             rows.append({"name": concept.name, "valence": f"{valence:.1f}", "split": split})
     return rows
 
