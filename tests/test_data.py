@@ -319,6 +319,7 @@ READERS = {
     "reviews/faces.csv": data.faces,
     "sentences/sentences.csv": data.sentences,
     "sentences/tokenizer.json": data.tokenizer,
+    "emoji/tokenizer.json": data.caption_tokenizer,
     "penguins/penguins.csv": data.penguins,
 }
 
