@@ -33,6 +33,7 @@ MINUTES = {
     "02_vae_elbo": {"smoke": 1, "laptop": 3, "gpu": 10},
     "03_text_vae_and_style": {"smoke": 1, "laptop": 3, "gpu": 15},
     "04_multimodal_representations": {"smoke": 1, "laptop": 3, "gpu": 20},
+    "05_visual_tokens": {"smoke": 1, "laptop": 3, "gpu": 20},
 }
 
 
