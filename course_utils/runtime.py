@@ -34,6 +34,7 @@ MINUTES = {
     "03_text_vae_and_style": {"smoke": 1, "laptop": 3, "gpu": 15},
     "04_multimodal_representations": {"smoke": 1, "laptop": 3, "gpu": 20},
     "05_visual_tokens": {"smoke": 1, "laptop": 3, "gpu": 20},
+    "06_autoregressive_text_to_image": {"smoke": 1, "laptop": 3, "gpu": 30},
 }
 
 
