@@ -93,15 +93,18 @@ class Drawings(Dataset):
     @property
     def captions(self) -> list[str]:
         """One caption a drawing: "a 3d drawing of a beaver"."""
-        phrases = concepts()["phrase"]
-        pairs = zip(self.concept.tolist(), self.style.tolist(), strict=True)
-        return [f"a {STYLES[style]} drawing of {phrases[concept]}" for concept, style in pairs]
+        return [caption(*pair) for pair in zip(self.concept.tolist(), self.style.tolist(), strict=True)]
 
 
 @cache
 def concepts() -> pd.DataFrame:
     """One row a concept, 1,563 in all: name, phrase, category, subcategory, keywords (joined by "|"), emoji, icon."""
     return pd.read_csv(verified("emoji/concepts.csv"), keep_default_na=False)
+
+
+def caption(concept: int, style: int) -> str:
+    """The caption of a concept, a row of `concepts()`, in a style, an index into STYLES."""
+    return f"a {STYLES[style]} drawing of {concepts()['phrase'][concept]}"
 
 
 @cache
