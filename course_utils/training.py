@@ -220,7 +220,8 @@ def train(
     Raises ValueError for sizes that do not fit, and RuntimeError where the loss is no longer a number.
     """
     device = torch.device(device or runtime.device())
-    AcceleratorState._reset_state()  # a notebook trains more than once, not always in the same precision
+    # a notebook trains more than once, not always on the same device or in the same precision
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = precision or runtime.precision(device)
     accelerator = Accelerator(
         mixed_precision=precision,

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import PartialState
 from torch import Tensor, nn
 from training_job import (
     BATCH,
@@ -557,6 +558,13 @@ def test_bf16_learns_and_keeps_float32_weights():
     assert np.mean(half[-10:]) < 0.3 * np.mean(half[:5])
     assert half != whole and half == pytest.approx(whole, rel=0.2)
     assert losses("no") == whole, "the precision of the run before was kept"
+
+
+def test_each_training_looks_for_its_device_anew():
+    train(small_model(0), plain_loss, Points(augment=False), **SIZE)
+    PartialState._shared_state["device"] = META  # as if the first training had been elsewhere
+    train(small_model(0), plain_loss, Points(augment=False), **SIZE)
+    assert PartialState().device.type == "cpu"
 
 
 def test_callbacks_see_an_up_to_date_run():
