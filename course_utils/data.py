@@ -224,6 +224,14 @@ def penguins() -> tuple[Tensor, list[str]]:
     return torch.tensor(table[["bill_length_mm", "bill_depth_mm"]].to_numpy()), table["species"].tolist()
 
 
+def moved(images: Tensor, reach: int = 3) -> Tensor:
+    """Each drawing (B, 3, H, W) moved by up to `reach` pixels up or down, left or right; white comes in."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, [reach] * 4, value=1.0)
+    corners = torch.randint(0, 2 * reach + 1, (count, 2)).tolist()
+    return torch.stack([x[:, i : i + height, j : j + width] for x, (i, j) in zip(padded, corners, strict=True)])
+
+
 def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     """Move, turn, stretch, recolour and partly hide drawings, (B, 3, H, W) in [0, 1] to the same.
 

@@ -243,6 +243,17 @@ def test_augment_of_strength_0_changes_nothing(pictures: Tensor) -> None:
     torch.testing.assert_close(augment(pictures, 0), pictures, atol=1e-5, rtol=0)
 
 
+def test_moved_shifts_each_picture_by_itself_and_white_comes_in() -> None:
+    torch.manual_seed(0)
+    dot = torch.ones(200, 3, 16, 16)
+    dot[:, :, 8, 8] = 0
+    places = (data.moved(dot, reach=2) == 0).nonzero()
+    assert len(places) == 600 and (data.moved(dot, reach=2) == 1).sum() == dot.numel() - 600
+    assert sorted(places[:, 2].unique().tolist()) == sorted(places[:, 3].unique().tolist()) == [6, 7, 8, 9, 10]
+    assert len(places[:, 2:].unique(dim=0)) == 25
+    assert torch.equal(data.moved(dot, reach=0), dot)
+
+
 def test_augment_turns_and_scales_as_far_as_its_docstring_says(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = []
 
