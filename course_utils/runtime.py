@@ -36,6 +36,7 @@ MINUTES = {
     "05_visual_tokens": {"smoke": 1, "laptop": 3, "gpu": 20},
     "06_autoregressive_text_to_image": {"smoke": 1, "laptop": 3, "gpu": 30},
 }
+HOMEWORK_MINUTES = {f"hw{n}": {"smoke": 1, "laptop": 3, "gpu": 3} for n in range(1, 5)}
 
 
 def cache_dir(name: str = "") -> Path:
@@ -153,7 +154,7 @@ def setup(lesson: str, seed: int = 0) -> Runtime:
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=PALETTE)
     plt.rcParams["image.cmap"] = "cividis"
     cores = f" with {os.cpu_count()} cores" if where.type == "cpu" else ""
-    minutes = MINUTES[lesson][profile]
+    minutes = (MINUTES | HOMEWORK_MINUTES)[lesson][profile]
     print(
         f"{lesson} · profile {profile}: {PROFILES[profile]} · {where.type}{cores} · seed {seed} · "
         f"about {f'{minutes} minute' + 's' * (minutes > 1) if minutes >= 1 else 'half a minute'} in all"
