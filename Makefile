@@ -43,4 +43,4 @@ data: setup
 retrain: setup
 	$(BIN)/python data/build/judge.py
 	$(BIN)/python data/build/sentiment.py
-	COURSE_RETRAIN=1 $(BIN)/python tests/run_lessons.py 00_start_here 01_gmm_em 02_vae_elbo 03_text_vae_and_style 04_multimodal_representations 05_visual_tokens 06_autoregressive_text_to_image
+	$(BIN)/python -m course_utils retrain all

@@ -1,0 +1,151 @@
+"""The course's command line: run a notebook, retrain what is shipped, make and grade homework, put badges right.
+
+python -m course_utils --help
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from course_utils.runtime import MINUTES, PROFILES, ROOT
+
+app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False)
+Homework = Annotated[str, typer.Argument(help="hw1 to hw4")]
+
+
+def notebook_path(name: str) -> Path:
+    """notebooks/`name`.ipynb, also below homework/. Raises typer.BadParameter where there is none."""
+    found = [ROOT / "notebooks" / folder / f"{name}.ipynb" for folder in ("", "homework", "homework/solutions")]
+    path = next((path for path in reversed(found) if path.exists()), None)
+    if path is None:
+        raise typer.BadParameter(f"There is no notebook {name}: choose one of {', '.join(MINUTES)}, or hw1 to hw4.")
+    return path
+
+
+def execute(source: Path, to: Path) -> None:
+    """Run a notebook from top to bottom in a fresh kernel; `to` is written only if every cell passed."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(source, as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=9000,
+        kernel_name="python3",
+        resources={"metadata": {"path": source.parent}},
+        coalesce_streams=True,
+        store_widget_state=False,
+    ).execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    nbformat.write(notebook, to)
+
+
+@app.command()
+def run(
+    names: Annotated[list[str], typer.Argument(help="such as 01_gmm_em, or hw1 for its solution")],
+    profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the results; without it they replace the notebook's")
+    ] = None,
+) -> None:
+    """Run notebooks from top to bottom and keep their outputs."""
+    if profile not in ("", *PROFILES):
+        raise typer.BadParameter(f'There is no profile "{profile}": choose one of {", ".join(PROFILES)}.')
+    if profile:
+        os.environ["COURSE_PROFILE"] = profile
+    for path in [notebook_path(name) for name in names]:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        execute(path, path if out is None else out / path.name)
+        typer.echo(f"{path.stem}: every cell passed")
+
+
+@app.command()
+def retrain(names: Annotated[list[str], typer.Argument(help="lessons, such as 05_visual_tokens, or all")]) -> None:
+    """Train a lesson's checkpoints anew, rewrite their cards and the scoreboard, and run the lesson."""
+    os.environ["COURSE_RETRAIN"] = "1"
+    run(list(MINUTES) if names == ["all"] else names)
+
+
+@app.command()
+def starters(names: Annotated[list[str] | None, typer.Argument(help="hw1 to hw4; without any, all")] = None) -> None:
+    """Make the homework's starters, public and hidden checks from the solved notebooks."""
+    script = ROOT / "tests" / "homework" / "homework_source.py"
+    if not script.exists():
+        raise typer.BadParameter("This copy of the course holds no solutions: starters are made where they are.")
+    raise typer.Exit(subprocess.run([sys.executable, script, *(names or [f"hw{n}" for n in range(1, 5)])]).returncode)
+
+
+@app.command()
+def release(to: Annotated[Path, typer.Argument(help="course.zip")]) -> None:
+    """Write what students get: the last commit without solutions and hidden checks."""
+    if to.suffix not in (".zip", ".tar"):
+        raise typer.BadParameter(f"{to} must end in .zip or .tar.")
+    command = ["git", "archive", f"--output={to.absolute()}", "--prefix=course/", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise typer.BadParameter(f"git could not write {to}: {done.stderr.strip()}")
+    typer.echo(f"{to}: {to.stat().st_size / 1e6:.0f} MB")
+
+
+@app.command()
+def grade(
+    homework: Homework,
+    folder: Annotated[Path, typer.Argument(help="the submitted notebooks, one a student, or a folder a student")],
+    out: Annotated[Path, typer.Argument(help="where scores.csv, summary.md and feedback/ go")],
+    seconds: Annotated[float, typer.Option(help="for each question")] = 20.0,
+    megabytes: Annotated[int, typer.Option(help="for each question")] = 2000,
+    workers: Annotated[int, typer.Option(help="submissions at a time")] = 2,
+) -> None:
+    """Grade a folder of submitted notebooks; started again, it goes on where it stopped."""
+    from course_utils.grading import HIDDEN, Limits, grade_folder
+
+    try:
+        results = grade_folder(folder, out, HIDDEN / f"{homework}_hidden", Limits(seconds, megabytes), workers=workers)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(f"{len(results)} submissions graded: read {out / 'summary.md'}")
+
+
+@app.command()
+def gradescope(homework: Homework, to: Annotated[Path, typer.Argument(help="hw1_autograder.zip")]) -> None:
+    """Write the archive that Gradescope takes as the autograder of a homework."""
+    from course_utils.gradescope import archive
+
+    try:
+        archive(homework, to)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def address(new: Annotated[str, typer.Argument(help="https://github.com/you/course")]) -> None:
+    """Move every badge, set-up cell and link of the course to your fork."""
+    match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", new)
+    if not match:
+        raise typer.BadParameter(f"{new} is not the address of a repository on GitHub: https://github.com/you/course.")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    old = re.search(r'Repository = "https://github\.com/([^"]+)"', project)[1]
+    paths = [ROOT / "pyproject.toml", ROOT / "README.md", *(ROOT / "notebooks").rglob("*.ipynb")]
+    changed = 0
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        moved = re.sub(rf"(github\.com|githubusercontent\.com|colab\.research\.google\.com/github)/{re.escape(old)}\b",
+                       rf"\1/{match[1]}", text)  # fmt: skip
+        if moved != text:
+            if path.suffix == ".ipynb":
+                json.loads(moved)
+            path.write_text(moved, encoding="utf-8")
+            changed += 1
+    typer.echo(f"{changed} files now say github.com/{match[1]}: review with `git diff`, then commit.")
+
+
+if __name__ == "__main__":
+    app()

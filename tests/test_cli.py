@@ -1,0 +1,100 @@
+"""The command line: what it runs, writes and refuses."""
+
+import json
+import subprocess
+import tarfile
+from pathlib import Path
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from course_utils import __main__ as cli
+from course_utils import runtime
+
+CALL = CliRunner()
+
+
+def said(*words: object) -> str:
+    """What a command prints, without the frame around an error."""
+    result = CALL.invoke(cli.app, [str(word) for word in words], env={"COLUMNS": "400"})
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.fixture
+def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A course of one notebook that says its profile."""
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.delenv("COURSE_PROFILE", raising=False)
+    (tmp_path / "notebooks").mkdir()
+    cells = [nbformat.v4.new_code_cell("import os\nprint(os.environ['COURSE_PROFILE'])")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "99_test.ipynb")
+    return tmp_path
+
+
+def outputs(path: Path) -> str:
+    return json.dumps(json.loads(path.read_text())["cells"][0]["outputs"])
+
+
+def test_help_names_every_command() -> None:
+    text = said("--help")
+    for command in ("run", "retrain", "starters", "release", "grade", "gradescope", "address"):
+        assert f" {command} " in text
+
+
+def test_a_notebook_runs_at_the_chosen_profile_into_another_folder(course: Path) -> None:
+    source, text = (
+        course / "notebooks" / "99_test.ipynb",
+        said("run", "99_test", "--profile", "smoke", "--out", course / "o"),
+    )
+    assert "99_test: every cell passed" in text
+    assert "smoke" in outputs(course / "o" / "99_test.ipynb") and outputs(source) == "[]"
+
+
+def test_a_notebook_that_fails_is_left_as_it_was(course: Path) -> None:
+    path = course / "notebooks" / "99_test.ipynb"
+    before = path.read_text().replace("COURSE_PROFILE", "NOT_THERE")
+    path.write_text(before)
+    assert CALL.invoke(cli.app, ["run", "99_test"]).exit_code != 0
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "7_diffusion"), "There is no notebook 7_diffusion: choose one of 00_start_here"),
+        (("run", "99_test", "--profile", "huge"), 'There is no profile "huge": choose one of smoke, laptop, gpu.'),
+        (("grade", "hw1", "nowhere", "out"), "There is no folder nowhere"),
+        (("grade", "hw9", "nowhere", "out"), "There are no checks at"),
+        (("gradescope", "hw9", "hw9.zip"), "There are no checks at"),
+        (("release", "course.rar"), "course.rar must end in .zip or .tar."),
+        (("address", "gitlab.com/me/course"), "is not the address of a repository on GitHub"),
+        (("starters",), "holds no solutions"),
+    ],
+)
+def test_what_it_refuses(words: tuple[str, ...], message: str, course: Path) -> None:
+    assert message in said(*words)
+
+
+def test_a_release_holds_no_solutions(tmp_path: Path) -> None:
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=runtime.ROOT, capture_output=True).returncode:
+        pytest.skip("not a git checkout")
+    said("release", tmp_path / "course.tar")
+    with tarfile.open(tmp_path / "course.tar") as archive:
+        names = archive.getnames()
+    assert "course/notebooks/homework/hw1.ipynb" in names and "course/notebooks/homework/checks/hw1.json" in names
+    assert not [name for name in names if "solutions" in name or "hidden" in name or "tests/homework" in name]
+
+
+def test_a_fork_gets_badges_of_its_own(course: Path) -> None:
+    old = "https://github.com/someone/else"
+    (course / "pyproject.toml").write_text(f'Repository = "{old}"\n')
+    badge = "https://colab.research.google.com/github/someone/else/blob/main/notebooks/99_test.ipynb"
+    (course / "README.md").write_text(f"[badge]({badge}) and someone/elsewhere")
+    path = course / "notebooks" / "99_test.ipynb"
+    path.write_text(path.read_text().replace("import os", f"import os  # {old}"))
+    assert "3 files now say github.com/me/my.course" in said("address", "https://github.com/me/my.course.git")
+    assert (
+        course / "README.md"
+    ).read_text() == f"[badge]({badge.replace('someone/else', 'me/my.course')}) and someone/elsewhere"
+    assert "github.com/me/my.course" in path.read_text() and json.loads(path.read_text())
