@@ -3,7 +3,6 @@
 python -m course_utils --help
 """
 
-import json
 import os
 import re
 import subprocess
@@ -13,19 +12,21 @@ from typing import Annotated
 
 import typer
 
-from course_utils.runtime import MINUTES, PROFILES, ROOT
+from course_utils.gradescope import archive
+from course_utils.grading import HIDDEN, Limits, grade_folder
+from course_utils.runtime import HOMEWORK_MINUTES, MINUTES, PROFILES, ROOT
 
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False)
 Homework = Annotated[str, typer.Argument(help="hw1 to hw4")]
 
 
 def notebook_path(name: str) -> Path:
-    """notebooks/`name`.ipynb, also below homework/. Raises typer.BadParameter where there is none."""
-    found = [ROOT / "notebooks" / folder / f"{name}.ipynb" for folder in ("", "homework", "homework/solutions")]
-    path = next((path for path in reversed(found) if path.exists()), None)
-    if path is None:
-        raise typer.BadParameter(f"There is no notebook {name}: choose one of {', '.join(MINUTES)}, or hw1 to hw4.")
-    return path
+    """A lesson, or of a homework the solution, else the starter. Raises typer.BadParameter where there is none."""
+    for folder in ("", "homework/solutions", "homework"):
+        path = ROOT / "notebooks" / folder / f"{name}.ipynb"
+        if path.exists():
+            return path
+    raise typer.BadParameter(f"There is no notebook {name}: choose one of {', '.join(MINUTES | HOMEWORK_MINUTES)}.")
 
 
 def execute(source: Path, to: Path) -> None:
@@ -60,9 +61,10 @@ def run(
         raise typer.BadParameter(f'There is no profile "{profile}": choose one of {", ".join(PROFILES)}.')
     if profile:
         os.environ["COURSE_PROFILE"] = profile
-    for path in [notebook_path(name) for name in names]:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
+    paths = [notebook_path(name) for name in names]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    for path in paths:
         execute(path, path if out is None else out / path.name)
         typer.echo(f"{path.stem}: every cell passed")
 
@@ -80,7 +82,7 @@ def starters(names: Annotated[list[str] | None, typer.Argument(help="hw1 to hw4;
     script = ROOT / "tests" / "homework" / "homework_source.py"
     if not script.exists():
         raise typer.BadParameter("This copy of the course holds no solutions: starters are made where they are.")
-    raise typer.Exit(subprocess.run([sys.executable, script, *(names or [f"hw{n}" for n in range(1, 5)])]).returncode)
+    raise typer.Exit(subprocess.run([sys.executable, script, *(names or HOMEWORK_MINUTES)]).returncode)
 
 
 @app.command()
@@ -100,13 +102,11 @@ def grade(
     homework: Homework,
     folder: Annotated[Path, typer.Argument(help="the submitted notebooks, one a student, or a folder a student")],
     out: Annotated[Path, typer.Argument(help="where scores.csv, summary.md and feedback/ go")],
-    seconds: Annotated[float, typer.Option(help="for each question")] = 20.0,
-    megabytes: Annotated[int, typer.Option(help="for each question")] = 2000,
+    seconds: Annotated[float, typer.Option(help="for each question")] = Limits.seconds,
+    megabytes: Annotated[int, typer.Option(help="for each question")] = Limits.megabytes,
     workers: Annotated[int, typer.Option(help="submissions at a time")] = 2,
 ) -> None:
     """Grade a folder of submitted notebooks; started again, it goes on where it stopped."""
-    from course_utils.grading import HIDDEN, Limits, grade_folder
-
     try:
         results = grade_folder(folder, out, HIDDEN / f"{homework}_hidden", Limits(seconds, megabytes), workers=workers)
     except FileNotFoundError as error:
@@ -117,8 +117,6 @@ def grade(
 @app.command()
 def gradescope(homework: Homework, to: Annotated[Path, typer.Argument(help="hw1_autograder.zip")]) -> None:
     """Write the archive that Gradescope takes as the autograder of a homework."""
-    from course_utils.gradescope import archive
-
     try:
         archive(homework, to)
     except FileNotFoundError as error:
@@ -140,8 +138,6 @@ def address(new: Annotated[str, typer.Argument(help="https://github.com/you/cour
         moved = re.sub(rf"(github\.com|githubusercontent\.com|colab\.research\.google\.com/github)/{re.escape(old)}\b",
                        rf"\1/{match[1]}", text)  # fmt: skip
         if moved != text:
-            if path.suffix == ".ipynb":
-                json.loads(moved)
             path.write_text(moved, encoding="utf-8")
             changed += 1
     typer.echo(f"{changed} files now say github.com/{match[1]}: review with `git diff`, then commit.")

@@ -43,10 +43,8 @@ def test_help_names_every_command() -> None:
 
 
 def test_a_notebook_runs_at_the_chosen_profile_into_another_folder(course: Path) -> None:
-    source, text = (
-        course / "notebooks" / "99_test.ipynb",
-        said("run", "99_test", "--profile", "smoke", "--out", course / "o"),
-    )
+    source = course / "notebooks" / "99_test.ipynb"
+    text = said("run", "99_test", "--profile", "smoke", "--out", course / "o")
     assert "99_test: every cell passed" in text
     assert "smoke" in outputs(course / "o" / "99_test.ipynb") and outputs(source) == "[]"
 
@@ -90,11 +88,10 @@ def test_a_fork_gets_badges_of_its_own(course: Path) -> None:
     old = "https://github.com/someone/else"
     (course / "pyproject.toml").write_text(f'Repository = "{old}"\n')
     badge = "https://colab.research.google.com/github/someone/else/blob/main/notebooks/99_test.ipynb"
-    (course / "README.md").write_text(f"[badge]({badge}) and someone/elsewhere")
+    readme = course / "README.md"
+    readme.write_text(f"[badge]({badge}) and someone/elsewhere")
     path = course / "notebooks" / "99_test.ipynb"
     path.write_text(path.read_text().replace("import os", f"import os  # {old}"))
     assert "3 files now say github.com/me/my.course" in said("address", "https://github.com/me/my.course.git")
-    assert (
-        course / "README.md"
-    ).read_text() == f"[badge]({badge.replace('someone/else', 'me/my.course')}) and someone/elsewhere"
+    assert readme.read_text() == f"[badge]({badge.replace('someone/else', 'me/my.course')}) and someone/elsewhere"
     assert "github.com/me/my.course" in path.read_text() and json.loads(path.read_text())
