@@ -38,7 +38,7 @@ models: setup
 	$(BIN)/python tests/export_models.py course_utils/models
 
 data: setup
-	cd data/build && for set in emoji emojitwo reviews sentences penguins tokenizer; do ../../$(BIN)/python $$set.py || exit 1; done
+	cd data/build && for set in emoji emojitwo reviews sentences penguins tokenizer glosses; do ../../$(BIN)/python $$set.py || exit 1; done
 
 retrain: setup
 	$(BIN)/python data/build/judge.py

@@ -1,6 +1,8 @@
 """The course's data sets as tensors and torch Datasets; every file is checked against its sha256 before it is read."""
 
 import difflib
+import io
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.pool import ThreadPool
@@ -10,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,6 +25,8 @@ ATLAS_COLUMNS = 40
 STYLES = ("3d", "flat", "noto", "twemoji")
 SPLITS = ("train", "fit", "validation", "pairs", "concepts")
 TEXT_SPLITS = ("train", "validation", "test")
+UPLOADS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
+LARGEST = 4096
 
 
 def verified(name: str, folder: Path | None = None) -> Path:
@@ -263,3 +267,36 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     half = 0.45 * strength * torch.rand(count, 1, 1, 1, device=device)
     hidden = (place.abs() < half).all(1, keepdim=True)
     return torch.where(hidden, torch.rand(count, 3, 1, 1, device=device), colour)
+
+
+@cache
+def glosses() -> dict[str, str]:
+    """What WordNet says of the concepts whose name is one of its nouns: {"beaver": "large semiaquatic rodent ..."}."""
+    table = pd.read_csv(verified("glosses/glosses.csv"), keep_default_na=False)
+    return dict(zip(table["name"], table["gloss"], strict=True))
+
+
+def from_upload(content: bytes) -> Tensor:
+    """A picture file as a drawing, (3, SIZE, SIZE) float in [0, 1]: on white, made square, its first frame.
+
+    The size that it claims is looked at before a pixel is decoded. Raises ValueError, with one sentence that says what
+    to do, for what is no picture and for one of more than LARGEST pixels a side.
+    """
+    too_large = f"at most {LARGEST:,} by {LARGEST:,} pixels: make it smaller and upload it again."
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what is refused below
+            image = Image.open(io.BytesIO(content), formats=UPLOADS)
+            width, height = image.size
+            fits = max(width, height) <= LARGEST
+            if fits:
+                image = ImageOps.exif_transpose(image).convert("RGBA")
+    except Image.DecompressionBombError:
+        raise ValueError(f"This picture would fill the memory: {too_large}") from None
+    except Exception:  # a damaged file can raise nearly anything in the decoders
+        raise ValueError("This file is no picture that can be read: upload a PNG, JPEG, GIF, WebP or BMP.") from None
+    if not fits:
+        raise ValueError(f"This picture has {width:,} by {height:,} pixels, {too_large}")
+    width, height = (max(1, round(SIZE * side / max(image.size))) for side in image.size)
+    paper = Image.new("RGBA", (SIZE, SIZE), "white")
+    paper.alpha_composite(image.resize((width, height), Image.LANCZOS), ((SIZE - width) // 2, (SIZE - height) // 2))
+    return torch.from_numpy(np.array(paper.convert("RGB"))).permute(2, 0, 1).float() / 255

