@@ -296,11 +296,12 @@ def fit(
 
     It is trained with a GPU, and where COURSE_RETRAIN=1 asks for it; else the checkpoint `name` is loaded. A run that
     was stopped goes on; one whose model, loss or sizes were edited starts anew, for a hash of them names its folder.
+    Data that another network made say which in `data.recipe`, which is hashed too.
     """
     if not (here.retrain or here.profile == "gpu"):
         model, card = pretrained.load_checkpoint(name, model, here.device)
         return model.eval().requires_grad_(False), card
-    recipe = f"{model!r}{inspect.getsource(loss)}{sizes}"
+    recipe = f"{model!r}{inspect.getsource(loss)}{sizes}{getattr(data, 'recipe', '')}"
     folder = runtime.cache_dir("runs") / f"{name}-{zlib.crc32(recipe.encode()):08x}"
     run = train(model, loss, data, folder=folder, **sizes)
     model.load_state_dict(model.state_dict() | run.ema)

@@ -610,6 +610,10 @@ def test_fit_loads_what_is_shipped_or_trains_and_goes_on_where_it_was(
     assert card["seconds"] == about["seconds"] and len(list(runs.iterdir())) == 1  # it was not trained anew
     fitted(noisy_loss)
     assert len(list(runs.iterdir())) == 2  # another loss does not go on with the old run
+    points = Points(augment=False)
+    points.recipe = "made by another network"
+    fit(training_here, "tiny", small_model(), plain_loss, points, **SIZE)
+    assert len(list(runs.iterdir())) == 3
 
     facts = {"lesson": "lesson", "config": {}, "steps": 60, "seconds": 1.0, "device": "cpu", "seed": 0, "metrics": {}}
     pretrained.save_checkpoint("tiny", trained, **facts, dtype=None, folder=tmp_path)
