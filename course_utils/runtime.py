@@ -41,9 +41,13 @@ HOMEWORK_MINUTES = {f"hw{n}": {"smoke": 1, "laptop": 3, "gpu": 3} for n in range
 
 
 def cache_dir(name: str = "") -> Path:
-    """Folder for downloads and runs, made on first use: `$COURSE_CACHE`, or the user's cache folder."""
+    """Folder for downloads and runs, made on first use: `$COURSE_CACHE`, or the user's cache folder.
+
+    "runs" may lie elsewhere, in `$COURSE_RUNS`: a run is worth keeping where what can be fetched again is not.
+    """
     base = os.environ.get("COURSE_CACHE") or platformdirs.user_cache_dir("mixtures-to-multimodal")
-    folder = Path(base).expanduser() / name
+    runs = os.environ.get("COURSE_RUNS") if name == "runs" else None
+    folder = Path(runs or Path(base, name)).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -143,6 +143,7 @@ def save_run(run: Run, folder: Path, settings: dict) -> None:
     unfinished.replace(newest)
     earlier = sorted(path for path in folder.glob("step-*.pt") if path < newest)
     for old in set(folder.glob("step-*.pt")) - {newest, *earlier[-1:]}:
+        os.truncate(old, 0)  # Google Drive keeps what is deleted in its bin, where it counts as full
         old.unlink()
 
 

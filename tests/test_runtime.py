@@ -57,9 +57,17 @@ def test_seeds_repeat_and_processes_differ() -> None:
 
 
 def test_cache_folder_can_be_moved(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("COURSE_RUNS", raising=False)
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "elsewhere"))
     assert runtime.cache_dir("runs") == tmp_path / "elsewhere" / "runs"
     assert runtime.cache_dir("runs").is_dir()
+
+
+def test_runs_can_be_kept_elsewhere_than_downloads(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "here"))
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "there" / "runs"))
+    assert runtime.cache_dir("runs") == tmp_path / "there" / "runs" and runtime.cache_dir("runs").is_dir()
+    assert runtime.cache_dir("wheels") == tmp_path / "here" / "wheels"
 
 
 def test_environment_check_says_ready_or_what_is_wrong(monkeypatch, capsys, tmp_path) -> None:

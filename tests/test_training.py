@@ -216,6 +216,13 @@ def test_a_left_over_unfinished_file_is_harmless(tmp_path: Path, whole: dict):
     assert differing(final(run), whole) == [] and not (tmp_path / "unfinished").exists()
 
 
+def test_a_checkpoint_that_is_deleted_takes_no_room_in_a_bin(tmp_path: Path):
+    oldest, _ = interrupted(tmp_path, 40)
+    os.link(oldest, tmp_path / "bin")
+    noisy_run(tmp_path)
+    assert not oldest.exists() and (tmp_path / "bin").stat().st_size == 0
+
+
 def test_without_time_passing_only_the_end_is_saved(tmp_path: Path):
     noisy_run(tmp_path, save_seconds=3600)
     assert checkpoint_steps(tmp_path) == [SIZE["steps"]]
@@ -596,6 +603,7 @@ def test_a_callback_that_samples_and_draws_changes_nothing(whole: dict):
 def test_fit_loads_what_is_shipped_or_trains_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("COURSE_RUNS", raising=False)
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pretrained.load_checkpoint, "__defaults__", (None, "cpu", tmp_path))
     runs, cpu = tmp_path / "cache" / "runs", torch.device("cpu")
