@@ -12,11 +12,13 @@ from typing import Annotated
 
 import typer
 
+from course_utils.colab import write_setup_cell
 from course_utils.gradescope import archive
 from course_utils.grading import HIDDEN, Limits, grade_folder
 from course_utils.runtime import HOMEWORK_MINUTES, MINUTES, PROFILES, ROOT
 
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False)
+HOSTS = r"(github\.com|githubusercontent\.com|colab\.research\.google\.com/github|mybinder\.org/v2/gh)"
 Homework = Annotated[str, typer.Argument(help="hw1 to hw4")]
 
 
@@ -124,6 +126,17 @@ def gradescope(homework: Homework, to: Annotated[Path, typer.Argument(help="hw1_
 
 
 @app.command()
+def setup_cells() -> None:
+    """Write the set-up cell of course_utils/colab.py into every notebook."""
+    paths = [path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]
+    try:
+        changed = [path.stem for path in paths if write_setup_cell(path)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(f"{len(paths)} notebooks open with the set-up cell, {len(changed)} of them were changed.")
+
+
+@app.command()
 def address(new: Annotated[str, typer.Argument(help="https://github.com/you/course")]) -> None:
     """Move every badge, set-up cell and link of the course to your fork."""
     match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", new)
@@ -135,8 +148,7 @@ def address(new: Annotated[str, typer.Argument(help="https://github.com/you/cour
     changed = 0
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        moved = re.sub(rf"(github\.com|githubusercontent\.com|colab\.research\.google\.com/github)/{re.escape(old)}\b",
-                       rf"\1/{match[1]}", text)  # fmt: skip
+        moved = re.sub(rf"{HOSTS}/{re.escape(old)}\b", rf"\1/{match[1]}", text)
         if moved != text:
             path.write_text(moved, encoding="utf-8")
             changed += 1

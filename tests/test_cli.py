@@ -38,7 +38,7 @@ def outputs(path: Path) -> str:
 
 def test_help_names_every_command() -> None:
     text = said("--help")
-    for command in ("run", "retrain", "starters", "release", "grade", "gradescope", "address"):
+    for command in ("run", "retrain", "starters", "release", "grade", "gradescope", "setup-cells", "address"):
         assert f" {command} " in text
 
 
@@ -89,9 +89,10 @@ def test_a_fork_gets_badges_of_its_own(course: Path) -> None:
     (course / "pyproject.toml").write_text(f'Repository = "{old}"\n')
     badge = "https://colab.research.google.com/github/someone/else/blob/main/notebooks/99_test.ipynb"
     readme = course / "README.md"
-    readme.write_text(f"[badge]({badge}) and someone/elsewhere")
+    readme.write_text(f"[badge]({badge}), https://mybinder.org/v2/gh/someone/else/main and someone/elsewhere")
     path = course / "notebooks" / "99_test.ipynb"
     path.write_text(path.read_text().replace("import os", f"import os  # {old}"))
     assert "3 files now say github.com/me/my.course" in said("address", "https://github.com/me/my.course.git")
-    assert readme.read_text() == f"[badge]({badge.replace('someone/else', 'me/my.course')}) and someone/elsewhere"
+    moved, binder = badge.replace("someone/else", "me/my.course"), "https://mybinder.org/v2/gh/me/my.course/main"
+    assert readme.read_text() == f"[badge]({moved}), {binder} and someone/elsewhere"
     assert "github.com/me/my.course" in path.read_text() and json.loads(path.read_text())
