@@ -36,6 +36,7 @@ MINUTES = {
     "05_visual_tokens": {"smoke": 1, "laptop": 3, "gpu": 20},
     "06_autoregressive_text_to_image": {"smoke": 1, "laptop": 3, "gpu": 30},
     "07_diffusion": {"smoke": 1, "laptop": 3, "gpu": 20},
+    "08_text_to_image_diffusion": {"smoke": 1, "laptop": 3, "gpu": 40},
 }
 HOMEWORK_MINUTES = {f"hw{n}": {"smoke": 1, "laptop": 3, "gpu": 3} for n in range(1, 5)}
 
