@@ -16,10 +16,12 @@ from course_utils.colab import write_setup_cell
 from course_utils.gradescope import archive
 from course_utils.grading import HIDDEN, Limits, grade_folder
 from course_utils.runtime import HOMEWORK_MINUTES, MINUTES, PROFILES, ROOT
+from course_utils.slides import with_slides
 
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False)
 HOSTS = r"(github\.com|githubusercontent\.com|colab\.research\.google\.com/github|mybinder\.org/v2/gh)"
 Homework = Annotated[str, typer.Argument(help="hw1 to hw4")]
+Lessons = Annotated[list[str] | None, typer.Argument(help="such as 01_gmm_em; without any, all")]
 
 
 def notebook_path(name: str) -> Path:
@@ -29,6 +31,15 @@ def notebook_path(name: str) -> Path:
         if path.exists():
             return path
     raise typer.BadParameter(f"There is no notebook {name}: choose one of {', '.join(MINUTES | HOMEWORK_MINUTES)}.")
+
+
+def lesson_paths(names: list[str] | None) -> list[Path]:
+    """The lessons of these names, or all. Raises typer.BadParameter for a name that is none."""
+    paths = {path.stem: path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
+    for name in names or ():
+        if name not in paths:
+            raise typer.BadParameter(f"There is no lesson {name}: choose one of {', '.join(paths)}.")
+    return [paths[name] for name in names or paths]
 
 
 def execute(source: Path, to: Path) -> None:
@@ -48,6 +59,21 @@ def execute(source: Path, to: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     nbformat.write(notebook, to)
+    if source.parent == ROOT / "notebooks":
+        set_slides(to)  # what fits on a slide depends on the outputs
+
+
+def set_slides(path: Path) -> None:
+    """Write a lesson's slide types into its file."""
+    path.write_text(with_slides(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+
+
+@app.command()
+def slides(names: Lessons = None) -> None:
+    """Set which cells of a lesson stand on which slide, by the rules of course_utils/slides.py."""
+    for path in lesson_paths(names):
+        set_slides(path)
+        typer.echo(f"{path.stem}: slides set")
 
 
 @app.command()

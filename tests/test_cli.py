@@ -38,7 +38,8 @@ def outputs(path: Path) -> str:
 
 def test_help_names_every_command() -> None:
     text = said("--help")
-    for command in ("run", "retrain", "starters", "release", "grade", "gradescope", "setup-cells", "address"):
+    commands = ("run", "slides", "retrain", "starters", "release", "grade", "gradescope", "setup-cells", "address")
+    for command in commands:
         assert f" {command} " in text
 
 
@@ -60,6 +61,7 @@ def test_a_notebook_that_fails_is_left_as_it_was(course: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("slides", "1_gmm"), "There is no lesson 1_gmm: choose one of 99_test."),
         (("run", "7_diffusion"), "There is no notebook 7_diffusion: choose one of 00_start_here"),
         (("run", "99_test", "--profile", "huge"), 'There is no profile "huge": choose one of smoke, laptop, gpu.'),
         (("grade", "hw1", "nowhere", "out"), "There is no folder nowhere"),
@@ -72,6 +74,12 @@ def test_a_notebook_that_fails_is_left_as_it_was(course: Path) -> None:
 )
 def test_what_it_refuses(words: tuple[str, ...], message: str, course: Path) -> None:
     assert message in said(*words)
+
+
+def test_slides_are_written_into_a_lesson(course: Path) -> None:
+    path = course / "notebooks" / "99_test.ipynb"
+    assert said("slides") == "99_test: slides set"
+    assert json.loads(path.read_text())["cells"][0]["metadata"] == {"slideshow": {"slide_type": "slide"}}
 
 
 def test_a_release_holds_no_solutions(tmp_path: Path) -> None:
