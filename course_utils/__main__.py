@@ -1,4 +1,4 @@
-"""The course's command line: run a notebook, retrain what is shipped, make and grade homework, put badges right.
+"""The course's command line: get ready for class, run a notebook, retrain what is shipped, make and grade homework.
 
 python -m course_utils --help
 """
@@ -12,10 +12,11 @@ from typing import Annotated
 
 import typer
 
+from course_utils import classroom
 from course_utils.colab import write_setup_cell
 from course_utils.gradescope import archive
 from course_utils.grading import HIDDEN, Limits, grade_folder
-from course_utils.runtime import HOMEWORK_MINUTES, MINUTES, PROFILES, ROOT
+from course_utils.runtime import HOMEWORK_MINUTES, MINUTES, PROFILES, ROOT, say_ready
 from course_utils.slides import with_slides
 
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False)
@@ -66,6 +67,19 @@ def execute(source: Path, to: Path) -> None:
 def set_slides(path: Path) -> None:
     """Write a lesson's slide types into its file."""
     path.write_text(with_slides(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+
+
+@app.command()
+def ready(
+    names: Lessons = None,
+    quick: Annotated[bool, typer.Option("--quick", help="without the rehearsal, about a minute a lesson")] = False,
+) -> None:
+    """Before class: check this computer, fetch what the lessons need, and rehearse them at their smallest size."""
+    lessons = lesson_paths(names)
+    os.environ["COURSE_PROFILE"] = "smoke"
+    os.environ.pop("COURSE_RETRAIN", None)  # a rehearsal publishes nothing
+    if not say_ready(classroom.checks(lessons, None if quick else execute)):
+        raise typer.Exit(1)
 
 
 @app.command()

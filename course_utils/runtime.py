@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
+Check = tuple[bool, str, str]  # is it good; what was looked at; what to do where it is not
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -87,8 +89,8 @@ def seed_all(seed: int, process: int = 0) -> None:
         torch.mps.manual_seed(seed)
 
 
-def check_environment() -> bool:
-    """Print what this computer has, a line each, and a verdict; True where the lessons will run."""
+def environment_checks() -> list[Check]:
+    """What this computer has: Python, torch, speed, disk, data."""
     from course_utils import data  # which imports this module
 
     def speed() -> float:
@@ -107,7 +109,7 @@ def check_environment() -> bool:
             damaged.append(str(error))
     free = shutil.disk_usage(cache_dir()).free / 1e9
     gigaflops = speed()
-    checks = [
+    return [
         (sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer"),
         (True, f"torch {torch.__version__} on {device().type}, mixed precision {precision(device())}", ""),
         (
@@ -122,11 +124,21 @@ def check_environment() -> bool:
         ),
         (not damaged, "data sets complete", " ".join(damaged)),
     ]
+
+
+def say_ready(checks: Iterable[Check]) -> bool:
+    """Print a line for each check as it comes, and a verdict; True where all are good."""
+    ready = True
     for good, what, cure in checks:
-        print(f"  {'ok ' if good else '-> '} {what}{'' if good else ': ' + cure}")
-    ready = all(good for good, _, _ in checks)
+        print(f"  {'ok ' if good else '-> '} {what}{'' if good else ': ' + cure}", flush=True)
+        ready = ready and good
     print("Ready." if ready else "Not ready: see the lines with an arrow.")
     return ready
+
+
+def check_environment() -> bool:
+    """Print what this computer has, a line each, and a verdict; True where the lessons will run."""
+    return say_ready(environment_checks())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from course_utils import __main__ as cli
-from course_utils import runtime
+from course_utils import classroom, pretrained, runtime
 
 CALL = CliRunner()
 
@@ -38,8 +38,8 @@ def outputs(path: Path) -> str:
 
 def test_help_names_every_command() -> None:
     text = said("--help")
-    commands = ("run", "slides", "retrain", "starters", "release", "grade", "gradescope", "setup-cells", "address")
-    for command in commands:
+    commands = "ready run slides retrain starters release grade gradescope setup-cells address"
+    for command in commands.split():
         assert f" {command} " in text
 
 
@@ -61,6 +61,7 @@ def test_a_notebook_that_fails_is_left_as_it_was(course: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("ready", "hw1"), "There is no lesson hw1: choose one of 99_test."),
         (("slides", "1_gmm"), "There is no lesson 1_gmm: choose one of 99_test."),
         (("run", "7_diffusion"), "There is no notebook 7_diffusion: choose one of 00_start_here"),
         (("run", "99_test", "--profile", "huge"), 'There is no profile "huge": choose one of smoke, laptop, gpu.'),
@@ -74,6 +75,70 @@ def test_a_notebook_that_fails_is_left_as_it_was(course: Path) -> None:
 )
 def test_what_it_refuses(words: tuple[str, ...], message: str, course: Path) -> None:
     assert message in said(*words)
+
+
+@pytest.fixture
+def computer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on which all is well, and on which no frozen model is fetched."""
+    monkeypatch.setattr(runtime, "environment_checks", lambda: [(True, "Python", "")])
+    monkeypatch.setattr(classroom, "check_jupyter", lambda: (True, "JupyterLab", ""))
+    for calls in classroom.LOADERS.values():
+        monkeypatch.setattr(pretrained, calls[0], lambda: None)
+
+
+def add_cell(course: Path, source: str) -> None:
+    path = course / "notebooks" / "99_test.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(source))
+    nbformat.write(notebook, path)
+
+
+def test_ready_rehearses_a_lesson_at_its_smallest_size(course: Path, computer: None) -> None:
+    add_cell(course, "assert os.environ['COURSE_PROFILE'] == 'smoke' and 'COURSE_RETRAIN' not in os.environ")
+    before = (course / "notebooks" / "99_test.ipynb").read_text()
+    result = CALL.invoke(cli.app, ["ready", "99_test"], env={"COURSE_RETRAIN": "1"})
+    assert result.exit_code == 0 and "ok  rehearsal of 99_test" in result.output
+    assert result.output.rstrip().endswith("Ready.")
+    assert (course / "notebooks" / "99_test.ipynb").read_text() == before
+
+
+def test_ready_says_which_lesson_fails(course: Path, computer: None) -> None:
+    add_cell(course, "1 / 0")
+    result = CALL.invoke(cli.app, ["ready"])
+    assert result.exit_code == 1 and "Not ready: see the lines with an arrow." in result.output
+    assert "->  rehearsal of 99_test: ZeroDivisionError: division by zero" in result.output
+
+
+def test_ready_fetches_what_the_lesson_calls_for_and_goes_on(
+    course: Path, computer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network() -> None:
+        raise RuntimeError("The frozen model 'minilm' cannot be fetched: connect to the network once.")
+
+    add_cell(course, "pretrained.load_minilm()\nevaluation.kid_lite0(real, made)")
+    monkeypatch.setattr(pretrained, "load_minilm", no_network)
+    result = CALL.invoke(cli.app, ["ready", "--quick"])
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert "ok frozen model efficientnet-lite0" in lines and not [line for line in lines if "smollm2" in line]
+    assert "-> frozen model minilm: The frozen model 'minilm' cannot be fetched: connect to the network once." in lines
+    assert result.exit_code == 1 and lines[-1] == "Not ready: see the lines with an arrow."
+
+
+def test_ready_looks_at_the_shipped_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert classroom.check_checkpoints()[0]
+    (tmp_path / "gmm").mkdir()
+    (tmp_path / "gmm" / "card.json").write_text((pretrained.CHECKPOINTS / "gmm" / "card.json").read_text())
+    monkeypatch.setattr(pretrained, "CHECKPOINTS", tmp_path)
+    good, what, cure = classroom.check_checkpoints()
+    assert not good and what == "shipped checkpoints" and "is missing: restore it" in cure
+
+
+def test_frozen_models_that_lessons_call_for() -> None:
+    found = {
+        name: classroom.frozen_models(runtime.ROOT / "notebooks" / f"{name}.ipynb")
+        for name in ("01_gmm_em", "03_text_vae_and_style", "04_multimodal_representations", "05_visual_tokens")
+    }
+    assert list(found.values()) == [["efficientnet-lite0"], ["minilm", "smollm2"], ["minilm", "smollm2"], []]
 
 
 def test_slides_are_written_into_a_lesson(course: Path) -> None:
