@@ -74,14 +74,15 @@ def first_cells(source: Path, target: Path, last: str) -> None:
     target.write_text(json.dumps(notebook | {"cells": notebook["cells"][: end + 1]}))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-def test_stepper_of_lesson_01_moves(tmp_path: Path) -> None:
-    shutil.copytree(runtime.ROOT / "notebooks", tmp_path / "notebooks")
-    copy = tmp_path / "notebooks" / "01_gmm_em.ipynb"
-    first_cells(runtime.ROOT / "notebooks" / copy.name, copy, last="stepper(")
+@contextmanager
+def opened(lesson: str, last: str, folder: Path) -> Iterator[tuple["api.Page", Path]]:
+    """A page with the first cells of a lesson in JupyterLab, and the file; a failure leaves a screenshot."""
+    shutil.copytree(runtime.ROOT / "notebooks", folder / "notebooks")
+    copy = folder / "notebooks" / f"{lesson}.ipynb"
+    first_cells(runtime.ROOT / "notebooks" / copy.name, copy, last)
     log: list[str] = []
     with (
-        jupyterlab(tmp_path, log) as address,
+        jupyterlab(folder, log) as address,
         api.sync_playwright() as playwright,
         playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS) as browser,
     ):
@@ -89,20 +90,30 @@ def test_stepper_of_lesson_01_moves(tmp_path: Path) -> None:
         page.set_default_timeout(120_000)
         try:
             page.goto(address(copy.name))
-            run_and_step(page)
-            check_saved(page, copy)
+            yield page, copy
         except (AssertionError, api.Error) as problem:
-            seen, tail = tmp_path / "failed.png", "".join(log[-30:])
+            seen, tail = folder / "failed.png", "".join(log[-30:])
             page.screenshot(path=seen)
             raise AssertionError(f"{problem}\nscreenshot: {seen}\nserver:\n{tail}") from problem
 
 
-def run_and_step(page: "api.Page") -> None:
-    """Run all cells, then move the stepper: a key forwards, a key back, the play button."""
-    idle = page.get_by_text(" | Idle")  # in the status bar; cells that are run before are lost
-    idle.wait_for()
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_stepper_of_lesson_01_moves(tmp_path: Path) -> None:
+    with opened("01_gmm_em", "stepper(", tmp_path) as (page, copy):
+        run_all(page)
+        step(page)
+        check_saved(page, copy)
+
+
+def run_all(page: "api.Page") -> None:
+    """Choose Run, Run All Cells."""
+    page.get_by_text(" | Idle").wait_for()  # in the status bar; cells that are run before are lost
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def step(page: "api.Page") -> None:
+    """Move the stepper: a key forwards, a key back, the play button."""
     stepper = page.locator(".jp-OutputArea-output:has(.widget-play)")
     picture, readout = stepper.locator("img.widget-image"), stepper.locator(".widget-readout")
     handle = stepper.locator(".noUi-handle, .ui-slider-handle")  # of ipywidgets 8, of ipywidgets 7
@@ -123,7 +134,7 @@ def run_and_step(page: "api.Page") -> None:
     assert picture_after(lambda: handle.press("ArrowLeft"), "^0$") == start, "step 0 is not what it was"
     assert picture_after(play.click, "^[1-9]") != start, "play moves the slider and not the picture"
     play.click()  # pause
-    idle.wait_for()
+    page.get_by_text(" | Idle").wait_for()
 
 
 def check_saved(page: "api.Page", notebook: Path) -> None:
