@@ -1,5 +1,6 @@
 """What the repository promises: pins with hashes, one source for each fact, no address of a registry, known files."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -57,9 +58,42 @@ def test_readme_gives_the_minutes_of_every_lesson() -> None:
         assert f"| {minutes['laptop']} min | {minutes['gpu']} min |" in row
 
 
-def test_relative_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), f"README.md links to {target}, which is not there"
+@pytest.mark.parametrize("page", ["README.md", "TEACHING.md"])
+def test_relative_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / target).exists(), f"{page} links to {target}, which is not there"
+
+
+def schedules() -> dict[str, tuple[int, list[list[str]]]]:
+    """From TEACHING.md, for each lesson's number its minutes and the rows of its schedule."""
+    found = {}
+    for part in re.split(r"^### ", (ROOT / "TEACHING.md").read_text(), flags=re.MULTILINE)[1:]:
+        number, minutes = re.match(r"(\d\d) · .*?, (\d+) minutes", part).groups()
+        rows = [line.strip("| ").split(" | ") for line in part.splitlines() if re.match(r"\| \d", line)]
+        found[number] = int(minutes), rows
+    return found
+
+
+def sections_of(row: list[str]) -> range:
+    first, *last = row[0].split("–")
+    return range(int(first), int(last[0] if last else first) + 1)
+
+
+@pytest.mark.parametrize("lesson", runtime.MINUTES)
+def test_teaching_has_a_schedule_of_every_section(lesson: str) -> None:
+    minutes, rows = schedules()[lesson[:2]]
+    cells = json.loads((ROOT / "notebooks" / f"{lesson}.ipynb").read_text(encoding="utf-8"))["cells"]
+    section, clicked = 0, set()
+    for cell in cells:
+        titles = re.findall(r"^## (\d+) · ", "".join(cell["source"]), flags=re.MULTILINE)
+        section = int(titles[-1]) if titles else section
+        outputs = [kind for output in cell.get("outputs", ()) for kind in output.get("data", ())]
+        clicked |= {section} if "application/vnd.jupyter.widget-view+json" in outputs else set()
+    assert [number for row in rows for number in sections_of(row)] == list(range(1, section + 1))
+    assert sum(int(row[2]) for row in rows) == minutes
+    has_widget = [bool(clicked.intersection(sections_of(row))) for row in rows]
+    assert has_widget == ["**Click**" in row[3] for row in rows]
+    assert lesson == "00_start_here" or any("**Break it**" in row[3] for row in rows)
 
 
 def test_checkpoints_stay_small() -> None:
@@ -75,6 +109,7 @@ def test_top_level() -> None:
         "tests",
         "environment.yml",
         "README.md",
+        "TEACHING.md",
         "pyproject.toml",
         ".ci",
     }
