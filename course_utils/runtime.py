@@ -109,14 +109,11 @@ def environment_checks() -> list[Check]:
             damaged.append(str(error))
     free = shutil.disk_usage(cache_dir()).free / 1e9
     gigaflops = speed()
+    slow = "" if gigaflops > 10 else " (slow now: close other programs)"
     return [
         (sys.version_info >= (3, 11), f"Python {platform.python_version()}", "install Python 3.11 or newer"),
         (True, f"torch {torch.__version__} on {device().type}, mixed precision {precision(device())}", ""),
-        (
-            gigaflops > 10,
-            f"{os.cpu_count()} cores, {gigaflops:.0f} GFLOP/s in float32",
-            "close other programs: this is slow",
-        ),
+        (True, f"{os.cpu_count()} cores, {gigaflops:.0f} GFLOP/s in float32{slow}", ""),
         (
             free > 2,
             f"{free:.0f} GB free in the cache folder",
