@@ -116,6 +116,17 @@ def retrain(names: Annotated[list[str], typer.Argument(help="lessons, such as 05
     """Train a lesson's checkpoints anew, rewrite their cards and the scoreboard, and run the lesson."""
     os.environ["COURSE_RETRAIN"] = "1"
     run(list(MINUTES) if names == ["all"] else names)
+    scoreboard()
+
+
+@app.command()
+def scoreboard() -> None:
+    """Write the scoreboard, as the cards of the checkpoints have it, into the README."""
+    from course_utils.evaluation import with_scoreboard  # which takes a while to load
+
+    readme = ROOT / "README.md"
+    readme.write_text(with_scoreboard(readme.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+    typer.echo("README.md shows the scoreboard of the cards.")
 
 
 @app.command()

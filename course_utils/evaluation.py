@@ -262,3 +262,19 @@ def scoreboard() -> pd.DataFrame:
             if any(value is not None for value in values):
                 columns[f"held-out {split}", head] = ["" if value is None else f"{value:.3f}" for value in values]
     return pd.DataFrame(columns, index=[row["name"] for row in rows])
+
+
+def with_scoreboard(readme: str) -> str:
+    """The text of the README with the scoreboard as it is now, between its two marks.
+
+    Raises ValueError where a mark is missing.
+    """
+    before, start, rest = readme.partition("<!-- scoreboard -->\n")
+    _, end, after = rest.partition("<!-- end of the scoreboard -->")
+    if not (start and end):
+        raise ValueError('README.md must hold "<!-- scoreboard -->", then "<!-- end of the scoreboard -->".')
+    table = scoreboard()
+    heads = ["model", *(f"{split.removeprefix('held-out ')} {head}".strip() for split, head in table.columns)]
+    rows = [[name, *row] for name, row in zip(table.index, table.values, strict=True)]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return before + start + "".join(f"| {' | '.join(line)} |\n" for line in lines) + end + after

@@ -38,7 +38,7 @@ def outputs(path: Path) -> str:
 
 def test_help_names_every_command() -> None:
     text = said("--help")
-    commands = "ready run slides retrain starters release grade gradescope setup-cells address"
+    commands = "ready run slides scoreboard retrain starters release grade gradescope setup-cells address"
     for command in commands.split():
         assert f" {command} " in text
 

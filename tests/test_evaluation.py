@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from course_utils import data, evaluation, pretrained
+from course_utils import data, evaluation, pretrained, runtime
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,19 @@ def test_scoreboard_is_made_from_the_cards() -> None:
     judged = f"{cards['judge']['metrics']['pairs/judge_style']:.3f}"
     assert table.loc["judge", ("held-out pairs", "style")] == judged
     assert table.loc["gmm", ("held-out pairs", "style")] == ""
+
+
+def test_the_readme_shows_the_scoreboard_of_the_cards() -> None:
+    readme = (runtime.ROOT / "README.md").read_text()
+    assert evaluation.with_scoreboard(readme) == readme, "python -m course_utils scoreboard"
+    heads, _, *lines = [line for line in readme.split("<!-- scoreboard -->")[1].splitlines() if line.startswith("|")]
+    column = [head.strip() for head in heads.split("|")].index("pairs style")
+    shown = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in lines}
+    for name, style in shown.items():
+        measured = pretrained.load_checkpoint(name)[1]["metrics"].get("pairs/judge_style")
+        assert style == ("" if measured is None else f"{measured:.3f}")
+    with pytest.raises(ValueError, match=r"README.md must hold"):
+        evaluation.with_scoreboard("# No marks")
 
 
 def test_psnr_is_torchmetrics() -> None:
