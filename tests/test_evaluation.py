@@ -97,7 +97,8 @@ def test_scoreboard_is_made_from_the_cards() -> None:
 def test_the_readme_shows_the_scoreboard_of_the_cards() -> None:
     readme = (runtime.ROOT / "README.md").read_text()
     assert evaluation.with_scoreboard(readme) == readme, "python -m course_utils scoreboard"
-    heads, _, *lines = [line for line in readme.split("<!-- scoreboard -->")[1].splitlines() if line.startswith("|")]
+    board = readme.split("<!-- scoreboard -->")[1].split("<!-- end of the scoreboard -->")[0]
+    heads, _, *lines = board.strip().splitlines()
     column = [head.strip() for head in heads.split("|")].index("pairs style")
     shown = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in lines}
     for name, style in shown.items():
