@@ -16,10 +16,14 @@ from course_utils.runtime import ROOT
 from course_utils.training import Run
 
 
-def show(images: Tensor, titles: Sequence[str] = (), columns: int = 10, size: float = 1.0, heading: str = "") -> None:
+def show(
+    images: Tensor, titles: Sequence[str] = (), columns: int = 10, size: float = 1.0, heading: str = "",
+    rows: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Draw a grid of images, (N, 3, H, W) or one (3, H, W), as uint8 or as floats that are clipped to [0, 1].
 
-    `size` is the width of one image in inches; `titles` stand above the images. Raises ValueError for other shapes.
+    `size` is the width of one image in inches; `titles` stand above the images, `rows` on the left of
+    the rows. Raises ValueError for other shapes.
     """
     if images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(f"show() takes images of shape (N, 3, H, W) or (3, H, W), not {tuple(images.shape)}.")
@@ -38,6 +42,8 @@ def show(images: Tensor, titles: Sequence[str] = (), columns: int = 10, size: fl
             axis.set_title(titles[index], fontsize=8)
     figure.suptitle(heading, fontsize=11)
     figure.tight_layout(pad=0.2)
+    for name, axis in zip(rows, figure.axes[::columns], strict=bool(rows)):
+        axis.text(-0.1, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=8)
 
 
 def png(figure: Figure) -> bytes:

@@ -25,6 +25,14 @@ def test_show_draws_each_image_under_its_title() -> None:
     torch.testing.assert_close(shown, images[3].permute(1, 2, 0))
 
 
+def test_show_names_its_rows() -> None:
+    display.show(torch.rand(6, 3, 8, 8), columns=3, rows=["first", "second"])
+    named = {i: axis.texts[0].get_text() for i, axis in enumerate(plt.gcf().axes) if axis.texts}
+    assert named == {0: "first", 3: "second"}
+    with pytest.raises(ValueError, match="zip"):
+        display.show(torch.rand(6, 3, 8, 8), columns=3, rows=["first"])
+
+
 def test_show_takes_one_image_and_bytes_and_clips() -> None:
     display.show(torch.full((3, 8, 8), 128, dtype=torch.uint8))
     assert plt.gcf().axes[0].images[0].get_array().max() == pytest.approx(128 / 255)
