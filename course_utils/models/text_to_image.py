@@ -57,7 +57,7 @@ class GaussianBottleneck(nn.Module):
         kl = 0.5 * (h.square() + sigma.square() - 2 * sigma.log() - 1).sum((1, 2)).mean()
         return h + sigma * torch.randn_like(h) if self.training else h, h, kl
 
-# %% ../../notebooks/08_text_to_image_diffusion.ipynb #f00a344596
+# %% ../../notebooks/08_text_to_image_diffusion.ipynb #776c521750
 class StyleNamed(nn.Module):
     """The style (B,) that captions name, 4 if they name none, by the mean of their token states (B, T, states)."""
 
@@ -67,15 +67,19 @@ class StyleNamed(nn.Module):
         self.weight[-1, 4] = 1  # until it has learnt, none is named
 
     def forward(self, states: Tensor) -> Tensor:
-        there, weight = (states != 0).any(2).sum(1), self.weight.float()
-        mean = states.float().sum(1) / there.clamp(min=1)[:, None]
-        return torch.where(there > 0, (mean @ weight[:-1] + weight[-1]).argmax(1), 4)
+        answers = self.mean(states) @ self.weight.float()
+        return torch.where((states != 0).any(2).any(1), answers.argmax(1), 4)
+
+    @staticmethod
+    def mean(states: Tensor) -> Tensor:
+        """Mean of the states where there is a token, and a one, (B, states + 1)."""
+        there = (states != 0).any(2).sum(1, keepdim=True)
+        return F.pad(states.float().sum(1) / there.clamp(min=1), (0, 1), value=1.0)
 
     @torch.no_grad()
     def learn(self, states: Tensor, style: Tensor) -> None:
         """By least squares from states (N, T, states), none of them empty, to styles (N,), 4 for none."""
-        mean = states.double().sum(1) / (states != 0).any(2).sum(1, keepdim=True)
-        x, y = F.pad(mean, (0, 1), value=1.0), F.one_hot(style, 5).double()
+        x, y = self.mean(states).double(), F.one_hot(style, 5).double()
         ridge = 0.01 * torch.eye(x.shape[1], dtype=x.dtype)
         self.weight.copy_(torch.linalg.solve(x.T @ x + ridge, x.T @ y))
 
