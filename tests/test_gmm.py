@@ -107,6 +107,11 @@ def test_elbo_plus_kl_is_log_p(points: torch.Tensor) -> None:
     assert (gmm.elbo(q, joint) <= log_px).all()
 
 
+def test_a_component_that_is_ruled_out_adds_nothing() -> None:
+    sure, joint = torch.tensor([[1.0, 0.0]]), torch.tensor([[-2.0, -900.0]])
+    assert gmm.elbo(sure, joint).item() == -2
+
+
 @pytest.mark.parametrize(("K", "D", "chunk"), [(1, 1, 7), (4, 3, 64), (6, 9, 2048)])
 def test_fast_em_is_plain_em(K: int, D: int, chunk: int) -> None:
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def em(x: Tensor, pi: Tensor, mu: Tensor, Sigma: Tensor, steps: int, floor: floa
 # %% ../../notebooks/01_gmm_em.ipynb #c46e64274d
 def elbo(q: Tensor, log_joint: Tensor) -> Tensor:
     """E_q[log p(x, z)] + entropy of q, (N,), for q (N, K) over components and the log joint (N, K)."""
-    return (q * (log_joint - q.log())).sum(1)
+    return (q * log_joint - torch.special.xlogy(q, q)).sum(1)  # xlogy: 0 log 0 = 0
 
 # %% ../../notebooks/01_gmm_em.ipynb #d156ee6cd8
 def kmeans_plus_plus(x: Tensor, K: int) -> Tensor:
