@@ -107,7 +107,7 @@ def heun(denoise: Denoise, x: Tensor, levels: Tensor) -> Tensor:
 def ddpm_levels(alpha: Tensor, count: int) -> Tensor:
     """`count` of DDPM's times, evenly spaced from the first on, as (alpha, sigma), (count + 1, 2); last, no noise.
 
-    As in diffusers, the noisiest times are left out where `count` does not divide their number.
+    As in diffusers, the noisiest times are left out: 20 of 1,000 begin at the 951st.
     """
     times = torch.arange(count).flip(0) * (len(alpha) // count)
     a = torch.cat([alpha[times], alpha.new_ones(1)])

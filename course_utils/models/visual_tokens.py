@@ -73,7 +73,7 @@ def straight_through(h: Tensor, z: Tensor) -> Tensor:
 class MovingMeans(nn.Module):
     """k-means, online: K codes (K, d), each the moving average of the vectors that chose it.
 
-    With `restart`, they start at vectors of the first batch, and a code that has lost its members starts anew there.
+    With `restart`, they start at vectors of the first batch, and a code without members starts anew in the latest one.
     """
 
     def __init__(self, codes: int, d: int, decay: float = 0.99, restart: bool = True):
