@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from course_utils import data, evaluation, pretrained, runtime
+from course_utils.grading import write_whole
 from course_utils.models.diffusion import guided
 from course_utils.models.text_to_image import Autoencoder, Painter, euler, flow_loss, read
 from course_utils.training import Run, batch_rows, train
@@ -410,10 +411,7 @@ def open_results(path: Path, settings: dict) -> dict:
 
 
 def save_results(path: Path, found: dict) -> None:
-    """Whole or not at all."""
-    scratch = path.with_suffix(".unfinished")
-    scratch.write_text(json.dumps(found, indent=1) + "\n")
-    scratch.replace(path)
+    write_whole(path, json.dumps(found, indent=1) + "\n")
 
 
 def unfinished(rows: Rows | None) -> bool:
