@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['WORD_STD', 'MOST_WORDS', 'MOST_LETTERS', 'MOST_TOKENS', 'fingerprint', 'keys_values', 'Prompt', 'spread',
-           'answer_nats', 'features_of', 'Projector', 'least_squares', 'warm_start', 'Told', 'answer_loss', 'say',
-           'plain', 'question_ids', 'repeated', 'strokes_of', 'Instructed']
+           'answer_nats', 'first_layers', 'features_of', 'Projector', 'least_squares', 'warm_start', 'Told',
+           'answer_loss', 'say', 'plain', 'question_ids', 'repeated', 'strokes_of', 'Instructed']
 
 # %% ../../notebooks/09_adapting_llms.ipynb #f26002db6d
 import copy
@@ -88,15 +88,20 @@ def answer_nats(prompt: Prompt, soft: Tensor, ids: Tensor, said: Tensor) -> Tens
     return F.cross_entropy(prompt.llm.lm_head(before_each[said]).float(), ids[said], reduction="none")
 
 # %% ../../notebooks/09_adapting_llms.ipynb #c09a9c30a8
+def first_layers(clip: CLIP, images: Tensor) -> list[Tensor]:
+    """What CLIP's first two layers say of images (B, 3, 64, 64), (B, channels, places) each."""
+    edges = clip.eyes.middle[0](2 * images - 1)
+    return [layer.flatten(2) for layer in (edges, clip.eyes.middle[1](edges))]
+
+
 @torch.no_grad()
 def features_of(clip: CLIP, images: Tensor) -> Tensor:
     """What a frozen CLIP says of drawings (B, 3, 64, 64), (B, 2176): its vector, the four places of its last map, and
     mean and deviation of its first two layers over the drawing, which know colours and strokes."""
     tokens, vector = clip.see(images)
-    edges = clip.eyes.middle[0](2 * images - 1)
     width = clip.eyes.last[0][0].out_channels
     last = tokens[:, [0, 2, 8, 10], -width:].flatten(1)  # each of its places stands four times in the tokens
-    early = [layer.flatten(2) for layer in (edges, clip.eyes.middle[1](edges))]
+    early = first_layers(clip, images)
     return torch.cat([vector, last, *(x.mean(2) for x in early), *(x.std(2) for x in early)], 1).float()
 
 # %% ../../notebooks/09_adapting_llms.ipynb #5f70de70c6
@@ -237,12 +242,12 @@ def repeated(texts: list[str]) -> float:
 def strokes_of(clip: CLIP, images: Tensor) -> Tensor:
     """How drawings (B, 3, 64, 64) are drawn, (B, 2464): mean and deviation of CLIP's first two layers, the last 384 of
     `features_of`, and the signed roots of the first one's Gram matrix (Gatys et al., 2016)."""
-    edges = clip.eyes.middle[0](2 * images - 1)
-    first, second = (layer.flatten(2) for layer in (edges, clip.eyes.middle[1](edges)))
+    early = first_layers(clip, images)
+    first = early[0]
     row, column = torch.triu_indices(first.shape[1], first.shape[1])
     gram = (first @ first.mT / first.shape[2])[:, row, column]
-    early = [*(x.mean(2) for x in (first, second)), *(x.std(2) for x in (first, second))]
-    return torch.cat([*early, gram.sign() * gram.abs().sqrt()], 1).float()
+    roots = gram.sign() * gram.abs().sqrt()
+    return torch.cat([*(x.mean(2) for x in early), *(x.std(2) for x in early), roots], 1).float()
 
 # %% ../../notebooks/09_adapting_llms.ipynb #185596fec7
 class Instructed(nn.Module):
