@@ -11,18 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_models import save_stable_diffusion, tokenizer
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel
 
 from course_utils import data, pretrained
 from course_utils.models import text_to_image as lesson
@@ -52,17 +50,6 @@ def shaken(model: nn.Module, std: float = 0.15) -> nn.Module:
     return model.eval()
 
 
-def tokenizer(length: int) -> PreTrainedTokenizerFast:
-    """Whole words, with a beginning and an end, at most `length` tokens."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    ends = [("[CLS]", 2), ("[SEP]", 3)]
-    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=length, **names)
-
-
 @pytest.fixture
 def painter() -> Painter:
     torch.manual_seed(0)
@@ -80,7 +67,7 @@ def pipe(painter: Painter, autoencoder: Autoencoder) -> TextToImagePipeline:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     encoder = BertModel(BertConfig(vocab_size=40, **sizes), add_pooling_layer=False).eval()
-    parts = {"tokenizer": tokenizer(64), "text_encoder": encoder, "transformer": painter, "vae": autoencoder}
+    parts = {"tokenizer": tokenizer(WORDS, 64), "text_encoder": encoder, "transformer": painter, "vae": autoencoder}
     made = TextToImagePipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler())
     made.set_progress_bar_config(disable=True)
     return made
@@ -731,25 +718,7 @@ def test_the_priors_loss_can_be_learnt() -> None:
 
 @pytest.fixture
 def stable_diffusion(tmp_path: Path) -> Path:
-    """A Stable Diffusion of a few thousand random weights, 16 x 16 pixels, saved as the Hub would give it."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, norm_num_groups=4, attention_head_dim=4,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
-    )  # fmt: skip
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    ids = {"vocab_size": 40, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-    pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**sizes, **ids)), tokenizer=tokenizer(77), unet=unet,
-        scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    return save_stable_diffusion(tmp_path / "tiny", WORDS)
 
 
 def test_the_same_cells_run_stable_diffusion(stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
