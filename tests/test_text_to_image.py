@@ -18,7 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
-from tiny_models import save_stable_diffusion, tokenizer
+from tiny_models import TOWER, save_stable_diffusion, tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -65,8 +65,7 @@ def autoencoder() -> Autoencoder:
 @pytest.fixture
 def pipe(painter: Painter, autoencoder: Autoencoder) -> TextToImagePipeline:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    encoder = BertModel(BertConfig(vocab_size=40, **sizes), add_pooling_layer=False).eval()
+    encoder = BertModel(BertConfig(vocab_size=40, **TOWER), add_pooling_layer=False).eval()
     parts = {"tokenizer": tokenizer(WORDS, 64), "text_encoder": encoder, "transformer": painter, "vae": autoencoder}
     made = TextToImagePipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler())
     made.set_progress_bar_config(disable=True)
