@@ -41,6 +41,7 @@ MINUTES = {
     "08_text_to_image_diffusion": {"smoke": 1, "laptop": 3, "gpu": 40},
     "09_adapting_llms": {"smoke": 1, "laptop": 3, "gpu": 20},
     "10_grounding_llms_for_retrieval": {"smoke": 1, "laptop": 3, "gpu": 20},
+    "11_grounding_llms_for_generation": {"smoke": 1, "laptop": 3, "gpu": 20},
 }
 HOMEWORK_MINUTES = {f"hw{n}": {"smoke": 1, "laptop": 3, "gpu": 3} for n in range(1, 5)}
 
