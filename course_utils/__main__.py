@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,12 @@ from course_utils import classroom
 from course_utils.colab import write_setup_cell
 from course_utils.gradescope import archive
 from course_utils.grading import HIDDEN, Limits, grade_folder
-from course_utils.runtime import HOMEWORK_MINUTES, MINUTES, PROFILES, ROOT, say_ready
+from course_utils.runtime import HOMEWORK_MINUTES, MINUTES, PROFILES, ROOT, chosen_profile, say_ready
 from course_utils.slides import with_slides
 
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False)
 HOSTS = r"(github\.com|githubusercontent\.com|colab\.research\.google\.com/github|mybinder\.org/v2/gh)"
+BUDGETS = MINUTES | HOMEWORK_MINUTES
 Homework = Annotated[str, typer.Argument(help="hw1 to hw4")]
 Lessons = Annotated[list[str] | None, typer.Argument(help="such as 01_gmm_em; without any, all")]
 
@@ -31,7 +33,7 @@ def notebook_path(name: str) -> Path:
         path = ROOT / "notebooks" / folder / f"{name}.ipynb"
         if path.exists():
             return path
-    raise typer.BadParameter(f"There is no notebook {name}: choose one of {', '.join(MINUTES | HOMEWORK_MINUTES)}.")
+    raise typer.BadParameter(f"There is no notebook {name}: choose one of {', '.join(BUDGETS)}.")
 
 
 def lesson_paths(names: list[str] | None) -> list[Path]:
@@ -43,11 +45,15 @@ def lesson_paths(names: list[str] | None) -> list[Path]:
     return [paths[name] for name in names or paths]
 
 
-def execute(source: Path, to: Path) -> None:
-    """Run a notebook from top to bottom in a fresh kernel; `to` is written only if every cell passed."""
+def execute(source: Path, to: Path) -> float:
+    """Run a notebook from top to bottom in a fresh kernel, and return the seconds that it took.
+
+    `to` is written only if every cell passed. Its metadata keep seconds, profile and cores, unless it retrains.
+    """
     import nbformat
     from nbclient import NotebookClient
 
+    start = time.perf_counter()
     notebook = nbformat.read(source, as_version=4)
     NotebookClient(
         notebook,
@@ -59,9 +65,17 @@ def execute(source: Path, to: Path) -> None:
     ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+    seconds = time.perf_counter() - start
+    if not retraining():
+        notebook.metadata["took"] = {"seconds": round(seconds), "profile": chosen_profile(), "cores": os.cpu_count()}
     nbformat.write(notebook, to)
     if source.parent == ROOT / "notebooks":
         set_slides(to)  # what fits on a slide depends on the outputs
+    return seconds
+
+
+def retraining() -> bool:
+    return os.environ.get("COURSE_RETRAIN") == "1"
 
 
 def set_slides(path: Path) -> None:
@@ -92,23 +106,30 @@ def slides(names: Lessons = None) -> None:
 
 @app.command()
 def run(
-    names: Annotated[list[str], typer.Argument(help="such as 01_gmm_em, or hw1 for its solution")],
+    names: Annotated[list[str], typer.Argument(help="such as 01_gmm_em, or hw1 for its solution, or all of both")],
     profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "",
     out: Annotated[
         Path | None, typer.Option(help="folder for the results; without it they replace the notebook's")
     ] = None,
 ) -> None:
-    """Run notebooks from top to bottom and keep their outputs."""
+    """Run notebooks from top to bottom, keep outputs and minutes; one that takes longer than it may is a failure."""
     if profile not in ("", *PROFILES):
         raise typer.BadParameter(f'There is no profile "{profile}": choose one of {", ".join(PROFILES)}.')
     if profile:
         os.environ["COURSE_PROFILE"] = profile
-    paths = [notebook_path(name) for name in names]
+    paths = [notebook_path(name) for name in (BUDGETS if names == ["all"] else names)]
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+    late = []
     for path in paths:
-        execute(path, path if out is None else out / path.name)
-        typer.echo(f"{path.stem}: every cell passed")
+        minutes = execute(path, path if out is None else out / path.name) / 60
+        budget = BUDGETS.get(path.stem, {}).get(chosen_profile(), float("inf"))
+        typer.echo(f"{path.stem}: every cell passed, in {minutes:.1f} of {budget:g} minutes")
+        if minutes > budget and not retraining():
+            late.append(path.stem)
+    if late:
+        typer.echo(f"Over their time (MINUTES in course_utils/runtime.py): {', '.join(late)}.", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -155,18 +155,25 @@ class Runtime:
         return {"smoke": smoke, "laptop": laptop, "gpu": gpu}[self.profile]
 
 
-def setup(lesson: str, seed: int = 0) -> Runtime:
-    """Seed everything, choose device and profile, and print the lesson's banner.
+def chosen_profile() -> str:
+    """`$COURSE_PROFILE`, else "gpu" where there is one, else "laptop".
 
-    The profile is `$COURSE_PROFILE`, else "gpu" where there is one, else "laptop". Raises ValueError for a name that is
-    not a profile.
+    Raises ValueError for a name that is not a profile.
+    """
+    profile = os.environ.get("COURSE_PROFILE") or ("laptop" if device().type == "cpu" else "gpu")
+    if profile not in PROFILES:
+        raise ValueError(f'There is no profile "{profile}": set COURSE_PROFILE to one of {", ".join(PROFILES)}.')
+    return profile
+
+
+def setup(lesson: str, seed: int = 0) -> Runtime:
+    """Seed everything, choose device and profile (`chosen_profile`), and print the lesson's banner.
+
+    Raises ValueError where COURSE_PROFILE names none.
     """
     import matplotlib.pyplot as plt  # half a second, which who only loads a model need not wait for
 
-    where = device()
-    profile = os.environ.get("COURSE_PROFILE") or ("laptop" if where.type == "cpu" else "gpu")
-    if profile not in PROFILES:
-        raise ValueError(f'There is no profile "{profile}": set COURSE_PROFILE to one of {", ".join(PROFILES)}.')
+    where, profile = device(), chosen_profile()
     seed_all(seed)
     plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=PALETTE)

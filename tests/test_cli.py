@@ -50,6 +50,17 @@ def test_a_notebook_runs_at_the_chosen_profile_into_another_folder(course: Path)
     assert "smoke" in outputs(course / "o" / "99_test.ipynb") and outputs(source) == "[]"
 
 
+@pytest.mark.parametrize(("minutes", "exit_code"), [(100, 0), (0, 1)])
+def test_a_lesson_over_its_time_fails(
+    course: Path, monkeypatch: pytest.MonkeyPatch, minutes: int, exit_code: int
+) -> None:
+    monkeypatch.setattr(cli, "BUDGETS", {"99_test": {"smoke": minutes}})
+    result = CALL.invoke(cli.app, ["run", "99_test", "--profile", "smoke"])
+    assert result.exit_code == exit_code and f"of {minutes} minutes" in result.output
+    took = json.loads((course / "notebooks" / "99_test.ipynb").read_text())["metadata"]["took"]
+    assert took["profile"] == "smoke" and took["seconds"] >= 0 and took["cores"] > 0
+
+
 def test_a_notebook_that_fails_is_left_as_it_was(course: Path) -> None:
     path = course / "notebooks" / "99_test.ipynb"
     before = path.read_text().replace("COURSE_PROFILE", "NOT_THERE")
