@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['SOFT', 'SYSTEM', 'USER', 'TURN', 'END', 'REQUESTS', 'FOLLOW_UPS', 'QUESTIONS', 'NEW_WORDINGS', 'STORY_KINDS',
            'STORY_VERSIONS', 'LIVING', 'Models', 'load_eyes', 'load_models', 'text_states', 'ids_of', 'soft_ids',
-           'asked', 'Reader', 'states_of', 'img_states', 'GILLMapper', 'LinearMap', 'spelt', 'painters_captions',
-           'read_softly', 'Scaled', 'NewWord', 'Gill', 'mapping_loss', 'prompt_embeds', 'gill_loss', 'new_gill',
-           'Context', 'wording', 'request', 'Story', 'as_said', 'stories', 'story_said', 'in_gallery', 'all_concepts',
-           'in_words', 'sentences', 'in_a_chat', 'training_contexts', 'more_requests', 'reply', 'Stock', 'cache_states',
-           'macro_f1', 'best_threshold', 'decision_baselines', 'Turn', 'Chat']
+           'asked', 'Reader', 'states_of', 'img_states', 'padded', 'GILLMapper', 'LinearMap', 'spelt',
+           'painters_captions', 'read_softly', 'Scaled', 'NewWord', 'Gill', 'mapping_loss', 'prompt_embeds',
+           'gill_loss', 'new_gill', 'Context', 'wording', 'request', 'Story', 'as_said', 'stories', 'story_said',
+           'in_gallery', 'all_concepts', 'in_words', 'sentences', 'in_a_chat', 'training_contexts', 'more_requests',
+           'reply', 'Stock', 'cache_states', 'macro_f1', 'best_threshold', 'decision_baselines', 'Turn', 'Chat']
 
 # %% ../../notebooks/11_grounding_llms_for_generation.ipynb #be8ba1c0ca
 import copy
@@ -179,6 +179,12 @@ def img_states(reader: Reader, said: Tensor, length: Tensor, rows: Tensor, parts
     back = order.argsort()
     states, last = (torch.cat(part)[back].float() for part in zip(*found, strict=True))
     return states, last
+
+# %% ../../notebooks/11_grounding_llms_for_generation.ipynb #6af94de4
+def padded(said: list[list[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Ids of texts below each other, (B, T) filled up with zeros on the right, and how many are there, (B,)."""
+    length = torch.tensor([len(ids) for ids in said], device=device)
+    return nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in said], batch_first=True).to(device), length
 
 # %% ../../notebooks/11_grounding_llms_for_generation.ipynb #ecae364763
 class GILLMapper(nn.Module):
@@ -356,8 +362,8 @@ def gill_loss(model: Gill, batch: dict[str, Tensor]) -> Tensor:
 def new_gill(models: Models, r: int = 4, places: int = 20) -> Gill:
     """Heads of the sizes that these models need; Stable Diffusion's text encoder has a fixed number of places."""
     places = places if isinstance(models.pipe, CoursePipeline) else text_states(models.pipe, ["a"]).shape[1]
-    ids, table = spelt(models.pipe, painters_captions(), places).unique(), models.pipe.text_encoder
-    table = table.get_input_embeddings().weight
+    ids = spelt(models.pipe, painters_captions(), places).unique()
+    table = models.pipe.text_encoder.get_input_embeddings().weight
     size = models.llm.get_input_embeddings().weight.float().std().item()
     sizes = {"d": models.llm.config.hidden_size, "r": r, "places": places, "size": size}
     return Gill(models.features, ids, table[ids.to(table.device)], **sizes).to(table.device)
@@ -493,9 +499,9 @@ def sentences(split: str) -> list[str]:
 
 # %% ../../notebooks/11_grounding_llms_for_generation.ipynb #30954a6bf1
 def in_a_chat(tokenizer: Any, row: int, rows: list[int], allowed: set[int], dice: random.Random) -> list[Context]:
-    """A request, a question, a sentence, a follow-up after the same concept in another allowed style; none always.
+    """A request, a question, a sentence, a follow-up after the same concept in another allowed style; each sometimes.
 
-    Some of them come after a request for one of `rows` and its drawing. `allowed` is a set of them.
+    Some of them come after a request for one of `rows` and its drawing. `allowed` is the set of `rows`.
     """
     phrase, caption, found = data.concepts()["phrase"][row // 4], data.caption(row // 4, row % 4), []
 
@@ -593,8 +599,7 @@ class Stock(Dataset):
     def __init__(
         self, contexts: list[Context], words: Callable[[list[str]], Tensor], looks: Tensor, held: Tensor
     ):  # fmt: skip
-        self.said = nn.utils.rnn.pad_sequence([torch.tensor(c.said) for c in contexts], batch_first=True)
-        self.length = torch.tensor([len(c.said) for c in contexts])
+        self.said, self.length = padded([c.said for c in contexts])
         captions = sorted({c.caption for c in contexts})
         place = {caption: i for i, caption in enumerate(captions)}
         self.caption = torch.tensor([place[c.caption] for c in contexts])
