@@ -221,7 +221,7 @@ def question_ids(tokenizer: Any, question: str) -> list[int]:
     """Ids of what a user asks. Raises ValueError for an empty question and for one that is too long."""
     count = len(question.split())
     if not count:
-        raise ValueError("The question is empty: ask something about the picture.")
+        raise ValueError("The question is empty: write something first.")
     if count > MOST_WORDS:
         raise ValueError(f"A question of {count:,} words is too long: at most {MOST_WORDS} fit.")
     if len(question) > MOST_LETTERS:
