@@ -17,7 +17,7 @@ from course_utils import classroom
 from course_utils.colab import write_setup_cell
 from course_utils.gradescope import archive
 from course_utils.grading import HIDDEN, Limits, grade_folder
-from course_utils.runtime import HOMEWORK_MINUTES, MINUTES, PROFILES, ROOT, chosen_profile, say_ready
+from course_utils.runtime import HOMEWORK_MINUTES, MINUTES, PROFILES, ROOT, chosen_profile, retraining, say_ready
 from course_utils.slides import with_slides
 
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False)
@@ -72,10 +72,6 @@ def execute(source: Path, to: Path) -> float:
     if source.parent == ROOT / "notebooks":
         set_slides(to)  # what fits on a slide depends on the outputs
     return seconds
-
-
-def retraining() -> bool:
-    return os.environ.get("COURSE_RETRAIN") == "1"
 
 
 def set_slides(path: Path) -> None:

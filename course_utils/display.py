@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
@@ -12,7 +11,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from course_utils.runtime import ROOT
+from course_utils.runtime import ROOT, retraining
 from course_utils.training import Run
 
 
@@ -61,7 +60,7 @@ def picture() -> widgets.Image:
 
 def save_picture(lesson: str) -> None:
     """Where COURSE_RETRAIN=1, keep the figure that was drawn last as `notebooks/pictures/<lesson>.png`."""
-    if os.environ.get("COURSE_RETRAIN") == "1":
+    if retraining():
         plt.gcf().savefig(ROOT / "notebooks" / "pictures" / f"{lesson}.png", bbox_inches="tight", dpi=110)
 
 

@@ -166,6 +166,11 @@ def chosen_profile() -> str:
     return profile
 
 
+def retraining() -> bool:
+    """Whether COURSE_RETRAIN=1 asks for the shipped checkpoints to be made anew."""
+    return os.environ.get("COURSE_RETRAIN") == "1"
+
+
 def setup(lesson: str, seed: int = 0) -> Runtime:
     """Seed everything, choose device and profile (`chosen_profile`), and print the lesson's banner.
 
@@ -184,4 +189,4 @@ def setup(lesson: str, seed: int = 0) -> Runtime:
         f"{lesson} · profile {profile}: {PROFILES[profile]} · {where.type}{cores} · seed {seed} · "
         f"about {f'{minutes} minute' + 's' * (minutes > 1) if minutes >= 1 else 'half a minute'} in all"
     )
-    return Runtime(lesson, profile, where, os.environ.get("COURSE_RETRAIN") == "1")
+    return Runtime(lesson, profile, where, retraining())
