@@ -9,10 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from tiny_models import TEXT, TOWER, save_stable_diffusion, tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -78,8 +75,7 @@ def gill() -> Gill:
 def said() -> tuple[Tensor, Tensor]:
     """Four texts of different lengths; two of them with a drawing."""
     rows = [[4, 5, 6, 7, 8], [9, 10], [11, -1, -2, -3, -4, 12], [13, -5, -6, -7, -8]]
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    return padded, torch.tensor([len(row) for row in rows])
+    return lesson.padded(rows)
 
 
 @pytest.fixture
