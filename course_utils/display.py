@@ -114,14 +114,12 @@ class LossCurve:
     @staticmethod
     def draw(losses: list[float], title: str) -> Figure:
         figure, axis = plt.subplots(figsize=(5, 2.2))
-        axis.plot(losses, alpha=0.35, label="each step")
-        width = min(20, len(losses))
-        if width:
-            axis.plot(
-                range(width - 1, len(losses)),
-                np.convolve(losses, np.ones(width) / width, "valid"),
-                label="mean of 20",
-            )
+        width = 20
+        long = len(losses) > width
+        axis.plot(losses, alpha=0.35 if long else 1, label="each step")
+        if long:
+            means = np.convolve(losses, np.ones(width) / width, "valid")
+            axis.plot(range(width - 1, len(losses)), means, label=f"mean of {width}")
             axis.legend(frameon=False)
         axis.set(xlabel="step", ylabel="loss", title=title)
         plt.close(figure)

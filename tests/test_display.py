@@ -74,6 +74,7 @@ def test_loss_curve_follows_the_run(monkeypatch) -> None:
     for step in (10, 15, 20, 30):
         curve(SimpleNamespace(step=step, seconds=1.0, history=history[:step]))
     assert [len(figure.axes[0].lines[0].get_xdata()) for figure in shown] == [10, 20, 30]
+    assert [len(figure.axes[0].lines) for figure in shown] == [1, 1, 2]  # a mean of 20 needs more than 20
 
 
 def test_a_picture_is_kept_only_when_asked_for(monkeypatch, tmp_path) -> None:
