@@ -30,7 +30,7 @@ PROFILES = {
     "gpu": "trains the full model from scratch",
 }
 MINUTES = {
-    "00_start_here": {"smoke": 0.5, "laptop": 0.5, "gpu": 0.5},
+    "00_start_here": {"smoke": 0.5, "laptop": 1, "gpu": 0.5},
     "01_gmm_em": {"smoke": 1, "laptop": 2, "gpu": 1},
     "02_vae_elbo": {"smoke": 1, "laptop": 3, "gpu": 10},
     "03_text_vae_and_style": {"smoke": 1, "laptop": 3, "gpu": 15},
