@@ -76,6 +76,7 @@ def book(name: str) -> Book:
 def starter(solved: dict) -> dict:
     """The notebook that students get: answers are taken out, and with them all outputs."""
     made = copy.deepcopy(solved)
+    made["metadata"].pop("took", None)
     for cell in made["cells"]:
         if cell["cell_type"] != "code":
             continue
