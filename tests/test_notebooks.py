@@ -9,8 +9,10 @@ import pytest
 from export_models import export, lessons
 
 from course_utils import runtime
+from course_utils.__main__ import BUDGETS
 
 NOTEBOOKS = sorted((runtime.ROOT / "notebooks").glob("[0-9]*.ipynb"))
+SOLVED = sorted((runtime.ROOT / "notebooks" / "homework" / "solutions").glob("hw*.ipynb"))
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -35,6 +37,12 @@ def test_executed_from_top_to_bottom_without_error(notebook: dict) -> None:
     assert counts == list(range(1, len(counts) + 1)), "restart the kernel, run all cells and save"
     outputs = [output for cell in code_cells(notebook) for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLVED], ids=lambda path: path.stem)
+def test_stored_outputs_took_no_longer_than_a_laptop_may(path: Path) -> None:
+    took = json.loads(path.read_text())["metadata"]["took"]
+    assert took["profile"] == "laptop" and took["seconds"] <= 60 * BUDGETS[path.stem]["laptop"]
 
 
 def test_the_checked_outputs_compare_something(notebook: dict) -> None:
