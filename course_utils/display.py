@@ -107,7 +107,7 @@ class LossCurve:
         self.handle = display(self.draw([], "the loss will appear here"), display_id=True)
 
     def __call__(self, run: Run) -> None:
-        if run.step % self.every == 0:
+        if run.step % self.every == 0 or run.step == run.steps:
             losses = [row["loss"] for row in run.history]
             self.handle.update(self.draw(losses, f"step {run.step}, {run.seconds:.0f} s"))
 

@@ -37,7 +37,7 @@ LOG_EVERY = 10
 
 @dataclass
 class Run:
-    """A training run: what is learnt and how far it is.
+    """A training run: what is learnt and how far it is, `step` of `steps`.
 
     `ema` holds the moving average of every learnt parameter under its name, `history` one row per step with its
     loss, the gradient's norm before clipping and the learning rate.
@@ -46,6 +46,7 @@ class Run:
     model: nn.Module
     ema: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
+    steps: int = 0
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -240,7 +241,7 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, lr=learning_rate, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
     )
-    run = Run(model, {name: parameter.detach().clone() for name, parameter in learnt.items()}, optimizer)
+    run = Run(model, {name: parameter.detach().clone() for name, parameter in learnt.items()}, optimizer, steps)
     settings = {
         "steps": steps,
         "batch_size": batch_size,

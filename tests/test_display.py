@@ -72,9 +72,11 @@ def test_loss_curve_follows_the_run(monkeypatch) -> None:
     curve = display.LossCurve(every=10)
     history = [{"loss": 1 / (step + 1)} for step in range(30)]
     for step in (10, 15, 20, 30):
-        curve(SimpleNamespace(step=step, seconds=1.0, history=history[:step]))
+        curve(SimpleNamespace(step=step, steps=40, seconds=1.0, history=history[:step]))
     assert [len(figure.axes[0].lines[0].get_xdata()) for figure in shown] == [10, 20, 30]
     assert [len(figure.axes[0].lines) for figure in shown] == [1, 1, 2]  # a mean of 20 needs more than 20
+    curve(SimpleNamespace(step=25, steps=25, seconds=1.0, history=history[:25]))
+    assert len(shown[-1].axes[0].lines[0].get_xdata()) == 25  # the end is drawn, whatever `every` says
 
 
 def test_a_picture_is_kept_only_when_asked_for(monkeypatch, tmp_path) -> None:
